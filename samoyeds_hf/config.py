@@ -1,0 +1,332 @@
+"""What to make sparse and how: :class:`SparsityPattern` and :class:`SamoyedsConfig`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import yaml
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from samoyeds_hf.errors import ConfigError, PatternError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "samoyeds"
+MAX_M = 16
+GROUP = 4  # every 4 consecutive elements of a kept Sub-Row ...
+KEPT_PER_GROUP = 2  # ... keep 2
+MODULE_KINDS = ("experts", "shared_experts")
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """In each block of M rows x V columns, N Sub-Rows are kept, and in them 2 of every 4 elements.
+
+    Samoyeds (EuroSys'25), section 4.1. N = M is plain 2:4. ``v=None`` makes a Sub-Row as long as
+    the whole row; it is what ``"2:4"`` means, where no Sub-Row is ever dropped.
+
+    Raises:
+        PatternError: not 1 <= N <= M <= 16, or V not a positive multiple of 4.
+    """
+
+    n: int
+    m: int
+    v: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.n, self.m) if self.v is None else (self.n, self.m, self.v)
+        if any(type(number) is not int for number in numbers):
+            raise PatternError(f"N, M and V must be integers, found {numbers}; use e.g. '1:2:64'.")
+        if not 1 <= self.n <= self.m <= MAX_M:
+            raise PatternError(
+                f"A pattern needs 1 <= N <= M <= {MAX_M}, found N={self.n}, M={self.m}; "
+                "use e.g. '1:2:64' or '2:4'."
+            )
+        if self.v is None and self.n < self.m:
+            raise PatternError(
+                f"A pattern with N < M needs a Sub-Row length V, found none in {self.n}:{self.m}; "
+                f"use e.g. '{self.n}:{self.m}:64'."
+            )
+        if self.v is not None and (self.v <= 0 or self.v % GROUP):
+            raise PatternError(
+                f"V must be a positive multiple of {GROUP}, found {self.v}; use e.g. 32, 64 or 128."
+            )
+
+    @classmethod
+    def parse(cls, text: str | SparsityPattern) -> SparsityPattern:
+        """``"N:M:V"``, or ``"2:4"`` for N = M.
+
+        Raises:
+            PatternError: the text is neither.
+        """
+        if isinstance(text, cls):
+            return text
+        if text == "2:4":
+            return cls(1, 1)
+        if not isinstance(text, str):
+            raise PatternError(
+                f"A pattern must be text such as '1:2:64' or '2:4', found {text!r}; put it between "
+                "quotes, YAML reads some patterns as a number."
+            )
+        match = re.fullmatch("([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})", text)
+        if match is None:
+            raise PatternError(
+                f"A pattern is written 'N:M:V' (for example '1:2:64') or '2:4', found {text!r}."
+            )
+        return cls(*(int(number) for number in match.groups()))
+
+    def __str__(self) -> str:
+        return "2:4" if self.v is None else f"{self.n}:{self.m}:{self.v}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        return self.n / self.m * KEPT_PER_GROUP / GROUP
+
+    def sub_row(self, k: int) -> int:
+        """V for a weight with k in features."""
+        return k if self.v is None else self.v
+
+    def kept_rows(self, rows: int) -> int:
+        """Rows of the stored tensors for a weight with so many out features."""
+        return rows * self.n // self.m
+
+    def num_bytes(self, rows: int, k: int, element_size: int) -> int:
+        """Bytes of values, meta and index for one weight ``[rows, k]``."""
+        per_row = k // 2 * element_size + k // 8 + k // self.sub_row(k)
+        return self.kept_rows(rows) * per_row
+
+    def check_fits(self, rows: int, k: int, name: str = "weight") -> None:
+        """Refuse a weight ``[rows, k]`` that the pattern does not divide.
+
+        Raises:
+            PatternError: rows % M, k % 8 or k % V is not 0, where the last names the V that do
+                divide; or the weight is empty.
+        """
+        if rows < 1 or k < 1:
+            raise PatternError(f"{name}: a weight must have elements, found shape [{rows}, {k}].")
+        if rows % self.m:
+            raise PatternError(
+                f"{name}: M must divide the out features, found M={self.m} and {rows} rows; "
+                f"use an M among {[m for m in range(1, MAX_M + 1) if rows % m == 0]}."
+            )
+        if k % 8:
+            raise PatternError(
+                f"{name}: the in features must be a multiple of 8, found {k}; leave this layer "
+                f"dense with overrides={{'{name}': 'dense'}}."
+            )
+        if k % self.sub_row(k):
+            divisors = [v for v in range(GROUP, k + 1, GROUP) if k % v == 0]
+            raise PatternError(
+                f"{name}: V must divide the in features, found V={self.v} and {k}; "
+                f"the V that divide {k} are {divisors}."
+            )
+
+
+# {regex: pattern or "dense"}, or the same as pairs
+Overrides: TypeAlias = Mapping[str, str | SparsityPattern] | Iterable[Sequence[str]]
+
+
+class SamoyedsConfig(QuantizationConfigMixin):
+    """How a model is made sparse; the ``quantization_config`` of its ``config.json``. Read-only.
+
+    Args:
+        pattern: ``"N:M:V"`` or ``"2:4"``, or a :class:`SparsityPattern`.
+        method: how the mask is chosen, a name in :data:`samoyeds_hf.pruning.METHODS`.
+        modules: what becomes sparse, of ``"experts"`` and ``"shared_experts"``.
+        overrides: ``{regex: pattern or "dense"}``. The first regex that matches the whole name of
+            a projection (``model.layers.0.mlp.experts.down_proj``) or of its module
+            (``model.layers.0.mlp.experts``) wins; ``"dense"`` only goes with whole modules. One
+            that matches nothing is an error when the model is patched. ``config.json`` has them
+            as a list of pairs.
+        strict: refuse a model if any of its experts cannot run on the fast path. ``False`` runs
+            ``ModuleList`` experts one Linear at a time and leaves what is unknown dense.
+        format_version: version of the stored tensors, see :mod:`samoyeds_hf.format`.
+
+    Raises:
+        ConfigError: an unknown key or value, or a newer format version.
+        PatternError: a pattern that does not exist.
+    """
+
+    pattern: SparsityPattern
+    method: str
+    modules: tuple[str, ...]
+    overrides: Mapping[str, SparsityPattern | None]
+    strict: bool
+    format_version: int
+
+    def __init__(
+        self,
+        pattern: str | SparsityPattern = "1:2:64",
+        method: str = "magnitude",
+        modules: Iterable[str] = ("experts",),
+        overrides: Overrides | None = None,
+        strict: bool = True,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        method_in_json = unknown.pop("quant_method", QUANT_METHOD)
+        if method_in_json != QUANT_METHOD:
+            raise ConfigError(
+                f"quant_method must be {QUANT_METHOD!r}, found {method_in_json!r}; this is the "
+                "configuration of another quantisation."
+            )
+        if unknown:
+            raise ConfigError(_unknown_keys_message(unknown))
+        _check_version(format_version)
+        self.__dict__.update(
+            quant_method=QUANT_METHOD,
+            pattern=SparsityPattern.parse(pattern),
+            method=_check_method(method),
+            modules=_check_modules(modules),
+            overrides=MappingProxyType(_parse_overrides(overrides or {})),
+            strict=_check_bool("strict", strict),
+            format_version=format_version,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"SamoyedsConfig is read-only: make a new one to change {name!r}.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SamoyedsConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json_string())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_dict, (self.to_dict(),)  # a MappingProxyType cannot be pickled
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The configuration in a ``config.json``; unknown keys raise ConfigError."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def from_recipe(cls, path: str | Path) -> SamoyedsConfig:
+        """Read a YAML recipe: a mapping with this class's arguments as keys.
+
+        Raises:
+            ConfigError: no such file, no mapping, an unknown key or a bad value.
+        """
+        try:
+            content = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"A recipe must be a readable YAML file, found {path} ({error}); "
+                "see configs/recipes/ for examples."
+            ) from error
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"A recipe must be a mapping such as 'pattern: 1:2:64', found "
+                f"{type(content).__name__} in {path}; see configs/recipes/ for examples."
+            )
+        return cls(**{str(key): value for key, value in content.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what ``config.json`` holds. Overrides become pairs, to keep their order."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "pattern": str(self.pattern),
+            "method": self.method,
+            "modules": list(self.modules),
+            # NOTE: transformers sorts the keys of config.json, and the first match wins.
+            "overrides": [
+                [regex, DENSE if pattern is None else str(pattern)]
+                for regex, pattern in self.overrides.items()
+            ],
+            "strict": self.strict,
+        }
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def override_for(self, name: str) -> str | None:
+        """The first override whose regex matches all of ``name``, or None."""
+        return next((regex for regex in self.overrides if re.fullmatch(regex, name)), None)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without base 60, in which an unquoted 1:2:32 would be the number 3752."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _unknown_keys_message(unknown: Mapping[str, Any]) -> str:
+    known = ["pattern", "method", "modules", "overrides", "strict", "format_version"]
+    hints = [
+        f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)
+        for key in sorted(unknown)
+        for close in [difflib.get_close_matches(key, known, n=1)]
+    ]
+    return f"A Samoyeds configuration knows the keys {known}, found {', '.join(hints)}; remove it."
+
+
+def _check_version(version: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise ConfigError(f"format_version must be a positive integer, found {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"This package reads format version {FORMAT_VERSION} and older, found version "
+            f"{version}; upgrade samoyeds-hf."
+        )
+
+
+def _check_method(method: Any) -> str:
+    from samoyeds_hf.pruning import METHODS
+
+    if not isinstance(method, str) or method not in METHODS:
+        raise ConfigError(f"method must be one of {sorted(METHODS)}, found {method!r}.")
+    return str(method)
+
+
+def _check_modules(modules: Any) -> tuple[str, ...]:
+    found = [modules] if isinstance(modules, str) else modules
+    is_list = isinstance(found, Iterable) and not isinstance(found, Mapping)
+    found = list(found) if is_list else []
+    if not found or any(kind not in MODULE_KINDS for kind in found):
+        raise ConfigError(f"modules must be some of {list(MODULE_KINDS)}, found {modules!r}.")
+    return tuple(kind for kind in MODULE_KINDS if kind in found)
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, found {value!r}.")
+    return value
+
+
+def _parse_overrides(overrides: Any) -> dict[str, SparsityPattern | None]:
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else overrides
+    is_list = isinstance(pairs, list | tuple)
+    if not is_list or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+        raise ConfigError(f"overrides must map regex to pattern or {DENSE!r}, found {overrides!r}.")
+    parsed: dict[str, SparsityPattern | None] = {}
+    for regex, value in pairs:
+        if not isinstance(regex, str):
+            raise ConfigError(f"An override's key must be a regular expression, found {regex!r}.")
+        if regex in parsed:
+            raise ConfigError(f"An override must be given once, found {regex!r} twice; remove one.")
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ConfigError(
+                f"An override's key must be a regular expression, found {regex!r} ({error})."
+            ) from error
+        parsed[regex] = None if value in (DENSE, None) else SparsityPattern.parse(value)
+    return parsed

@@ -1,0 +1,280 @@
+"""Samoyeds as a quantisation method of transformers: ``quant_method: "samoyeds"``.
+
+One registered quantizer serves every path: it replaces the experts on meta before weights are
+loaded. A dense checkpoint is pruned weight by weight while it loads; a converted one is checked,
+headers and contents, before any of it can reach a kernel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+
+from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
+from samoyeds_hf.environment import announce_path
+from samoyeds_hf.errors import CheckpointError, SamoyedsError, UnsupportedModelError
+from samoyeds_hf.experts import SparseModule
+from samoyeds_hf.format import SUFFIXES, SparseWeight, validate
+from samoyeds_hf.patch import PatchPlan, build_sparse, compress, plan_model, unpatch_model
+from samoyeds_hf.report import PatchReport, WeightReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from samoyeds_hf.source import StoredTensor
+
+_EXPERT_SHARDING = "grouped_gemm"  # transformers' name for "split dimension 0 over the ranks"
+
+
+class SamoyedsHfQuantizer(HfQuantizer):
+    """Loads dense checkpoints as sparse models, and sparse checkpoints as they are."""
+
+    requires_calibration = False
+    quantization_config: SamoyedsConfig
+
+    def __init__(self, quantization_config: SamoyedsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan: PatchPlan | None = None
+        self.reports: list[WeightReport] = []
+
+    @property
+    def report(self) -> PatchReport:
+        """What was pruned while loading; empty for a checkpoint that was already sparse."""
+        skipped = self.plan.skipped if self.plan else ()
+        return PatchReport(tuple(self.reports), skipped, self.quantization_config.method)
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to prune while offloading to disk: dense weights would be written there."""
+        if (
+            not self.pre_quantized
+            and isinstance(device_map, dict)
+            and "disk" in device_map.values()
+        ):
+            raise UnsupportedModelError(
+                "Pruning while loading needs memory for the sparse model, found a device_map with "
+                "'disk'; convert the checkpoint with 'samoyeds convert' and load that."
+            )
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        _refuse_tensor_parallel(model)
+        plan = plan_model(model, self.quantization_config)
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not self.pre_quantized:
+            check_dense(model, files, set(plan.targets()))
+        for assignment in plan.assignments:
+            dense = model.get_submodule(assignment.site.name)
+            model.set_submodule(assignment.site.name, build_sparse(dense, assignment))
+        if self.pre_quantized:
+            with torch.device("cpu"):  # models are built under torch.device("meta")
+                check_sparse(model, files)
+        self.plan = plan
+        return model
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether this is a dense weight that becomes sparse while it loads."""
+        if self.pre_quantized or self.plan is None:
+            return False
+        return param_name in self.plan.targets()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The last step of a weight's conversion: prune and encode."""
+        return SamoyedsEncode(self)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, SparseModule):
+                module.requires_grad_(False)
+        # Sparse weights have no counterpart in the Hub's per-expert names, so saving reverts
+        # nothing and writes the model's own names.
+        model._weight_conversions = []
+        announce_path()
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        unpatch_model(model)
+        model.hf_quantizer = self  # the caller removes it
+        return model.to(dtype) if dtype is not None else model
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Before transformers 5.21: see :meth:`update_parallel_plan`."""
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """Before transformers 5.21: meta and index are split over the ranks like their values."""
+        if plan := getattr(config, "base_model_ep_plan", None):
+            config.base_model_ep_plan = _with_companions(plan)
+        return config
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """From transformers 5.21: meta and index are split over the ranks like their values."""
+        plan.update(_with_companions(plan))
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No gradient reaches the weights."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operators have fakes, so ``generate`` may compile."""
+        return True
+
+
+class SamoyedsEncode(ConversionOps):
+    """Turns a dense weight into values, meta and index while a checkpoint loads."""
+
+    def __init__(self, quantizer: SamoyedsHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """``{name: dense}`` to ``{name, name_meta, name_index}``."""
+        plan = self.quantizer.plan
+        encoded: dict[str, torch.Tensor] = {}
+        for name, value in input_dict.items():
+            dense = value[0] if isinstance(value, list) else value
+            target = full_layer_name if len(input_dict) == 1 else name
+            if plan is None or target not in plan.targets():
+                encoded[name] = dense
+                continue
+            method = self.quantizer.quantization_config.method
+            stored, report = compress(dense, plan.targets()[target], method, target)
+            self.quantizer.reports.append(report)
+            encoded.update({target + suffix: t for suffix, t in zip(SUFFIXES, stored, strict=True)})
+        return encoded
+
+
+def check_dense(model: PreTrainedModel, files: list[Path], targets: set[str]) -> None:
+    """Refuse a dense checkpoint in which a weight that becomes sparse is missing or misshapen.
+
+    Once a quantizer is set, transformers does not treat that as fatal.
+    """
+    from samoyeds_hf.source import plan_sources
+
+    plan = plan_sources(model, _headers(files))
+    if missing := sorted(set(plan.missing) & targets):
+        raise CheckpointError(
+            f"The checkpoint must hold every expert, found {missing[0]} missing ({len(missing)} in "
+            "all); download it again."
+        )
+    for name in sorted(targets):
+        found = tuple(plan.targets[name].on_meta(model)[name].shape)
+        expected = tuple(model.get_parameter(name).shape)
+        if found != expected:
+            raise CheckpointError(
+                f"{name} must have shape {list(expected)}, found {list(found)}; the configuration "
+                "and the weights do not belong together."
+            )
+
+
+def check_sparse(model: PreTrainedModel, files: list[Path]) -> None:
+    """Refuse a sparse checkpoint that is incomplete or breaks the format.
+
+    Reads all headers, and the contents of meta and index (an eighth of the sparse weights): what
+    is out of range there would make a kernel read somewhere else.
+
+    Raises:
+        CheckpointError: a tensor is missing, or a file is damaged.
+        FormatError: a shape, dtype, index or nibble; names tensor, place and value.
+    """
+    from samoyeds_hf.source import plan_sources
+
+    plan = plan_sources(model, _headers(files))
+    is_whole = (model.config.architectures or [None])[0] == type(model).__name__
+    sparse = {
+        f"{name}.{weight}{suffix}"
+        for name, module in model.named_modules()
+        if isinstance(module, SparseModule)
+        for weight in module.patterns
+        for suffix in SUFFIXES
+    }
+    if missing := [name for name in plan.missing if is_whole or name in sparse]:
+        raise CheckpointError(
+            f"A sparse checkpoint must be complete, found {missing[0]} missing ({len(missing)} in "
+            "all); download or convert it again."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, SparseModule):
+            for weight, pattern in module.patterns.items():
+                stored = [
+                    _only_source(plan.targets[f"{name}.{weight}{suffix}"].sources)
+                    for suffix in SUFFIXES
+                ]
+                values = stored[0].on_meta()
+                loaded = SparseWeight(values, stored[1].load(), stored[2].load())
+                shape = module._dense_module.get_parameter(weight).shape
+                validate(loaded, pattern, shape, f"{name}.{weight}")
+
+
+def _only_source(sources: dict[str, list[StoredTensor]]) -> StoredTensor:
+    ((stored,),) = sources.values()
+    return stored
+
+
+def _headers(files: list[Path]) -> dict[str, StoredTensor]:
+    from samoyeds_hf.source import read_headers
+
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        found = files[0].name if files else "no file"
+        raise CheckpointError(
+            f"Samoyeds loads from safetensors files, found {found}; save the model with "
+            "save_pretrained first, or call patch_model on the loaded model."
+        )
+    return read_headers(files)
+
+
+def _with_companions(plan: dict[str, str]) -> dict[str, str]:
+    """A parallel plan with an entry for the meta and index of every expert weight in it."""
+    return {
+        key + suffix: style
+        for key, style in plan.items()
+        for suffix in (SUFFIXES if style == _EXPERT_SHARDING else ("",))
+    }
+
+
+def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
+    """Splitting inside an expert would tear blocks apart; whole experts can be split."""
+    distributed = getattr(model.config, "distributed_config", None)
+    if distributed is None:
+        return
+    tp_size = getattr(distributed, "tp_size", None) or 1
+    if tp_size > 1 and not getattr(distributed, "enable_expert_parallel", False):
+        raise UnsupportedModelError(
+            f"Sparse experts are split by expert, found tensor parallel over {tp_size} ranks; use "
+            "DistributedConfig with expert parallel."
+        )
+
+
+def register() -> None:
+    """Make the method known to transformers; calling it again changes nothing."""
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+    )
+
+    known = AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD, SamoyedsHfQuantizer)
+    if known is not SamoyedsHfQuantizer:
+        raise SamoyedsError(
+            f"The quantisation method {QUANT_METHOD!r} must be this package's, found {known}; "
+            "remove the other package."
+        )
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SamoyedsHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SamoyedsConfig
