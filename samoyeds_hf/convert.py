@@ -1,0 +1,256 @@
+"""Dense checkpoint in, sparse checkpoint out: streamed, resumable, never half a result.
+
+The output grows in ``DST.partial`` and becomes DST by one rename at the very end, so DST is at any
+moment what it was before or complete. Each shard is written under a temporary name, synced and
+renamed; ``conversion.json`` beside the shards records which are done and what they were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import samoyeds_hf
+from samoyeds_hf.card import write_card
+from samoyeds_hf.config import SamoyedsConfig
+from samoyeds_hf.directory import REPORT_FILE, STATE_FILE, copy_companions, growing_directory
+from samoyeds_hf.errors import CheckpointError
+from samoyeds_hf.format import SUFFIXES
+from samoyeds_hf.metrics import relative
+from samoyeds_hf.patch import compress_matrix
+from samoyeds_hf.plan import ConversionPlan, Unit, plan_conversion
+from samoyeds_hf.report import PatchReport, WeightReport
+from samoyeds_hf.shards import ShardSpec, ShardWriter, disk_errors, write_index, write_text
+from samoyeds_hf.source import read_checkpoint
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    config: SamoyedsConfig | None = None,
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PatchReport:
+    """Prune and encode a checkpoint from disk to disk, one expert at a time.
+
+    The result holds the same tensors, byte for byte, as ``patch_model`` and ``save_pretrained``.
+
+    Args:
+        source: a model directory with safetensors, or a repository of the Hub.
+        destination: directory to make.
+        config: what to make sparse and how; None is the default pattern.
+        shard_size: bytes of an output shard, at most, unless a single weight is larger.
+        resume: continue an interrupted conversion, if there is one.
+        overwrite: replace an existing checkpoint, once the new one is complete.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SamoyedsError: a subclass; nothing that existed before is lost.
+    """
+    destination = Path(destination)
+    plan = plan_conversion(resolve_source(source), config or SamoyedsConfig(), shard_size)
+    plan.check_disk(destination)
+    with growing_directory(
+        plan.source, destination, resume=resume, overwrite=overwrite
+    ) as directory:
+        state = _State.open(directory, plan, shard_size)
+        _convert_shards(plan, directory, state, progress)
+        return _finish(plan, directory, str(source), state)
+
+
+def resolve_source(source: str | Path) -> Path:
+    """A local directory as it is; a repository of the Hub is downloaded into the cache.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if Path(source).exists():
+        return Path(source)
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"The source must be a model directory or a Hub id such as 'org/name', found no "
+            f"{name!r}."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    ignored = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py"]
+    ignored += ["original/*", "consolidated*"]  # the same weights once more
+    try:
+        return Path(snapshot_download(name, ignore_patterns=ignored))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r} must be a directory or a reachable repository of the Hub, found neither "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+
+
+class _State:
+    """Which shards are done, and a fingerprint of what they were made from."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.done: dict[str, list[dict[str, Any]]] = {}  # shard -> its reports
+
+    @classmethod
+    def open(cls, directory: Path, plan: ConversionPlan, shard_size: int) -> _State:
+        """A new state, or the one found, if it is of the same source and settings."""
+        state = cls(directory / STATE_FILE, _fingerprint(plan, shard_size))
+        if not state.path.exists():
+            state.save()
+            return state
+        try:
+            found = json.loads(state.path.read_text(encoding="utf-8"))
+            different = [
+                k for k, v in state.fingerprint.items() if found["fingerprint"].get(k) != v
+            ]
+            state.done = found["done"]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{state.path} must say what was converted, found it unreadable ({error!r}); start "
+                "again with --overwrite."
+            ) from error
+        if different:
+            raise CheckpointError(
+                f"--resume must continue the same conversion, found another {different[0]} than in "
+                f"{state.path}; start again with --overwrite."
+            )
+        return state
+
+    def finish(self, shard: ShardSpec, reports: list[WeightReport]) -> None:
+        self.done[shard.file] = [asdict(report) for report in reports]
+        self.save()
+
+    def save(self) -> None:
+        content = {"fingerprint": self.fingerprint, "done": self.done}
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def _fingerprint(plan: ConversionPlan, shard_size: int) -> dict[str, Any]:
+    files = sorted({s.file for u in plan.units for v in u.target.sources.values() for s in v})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(json.dumps(stats).encode())
+    digest.update((plan.source / "config.json").read_bytes())
+    return {
+        "source": digest.hexdigest(),
+        "recipe": plan.config.to_dict(),
+        "shard size": shard_size,
+        "version of samoyeds-hf": samoyeds_hf.__version__,
+    }
+
+
+def _convert_shards(plan: ConversionPlan, directory: Path, state: _State, progress: bool) -> None:
+    total = sum(unit.num_bytes for unit in plan.units)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, disable=not progress, desc="converting"
+    ) as bar:
+        for shard in plan.shards:
+            units = plan.units_in(shard)
+            if shard.file in state.done and (directory / shard.file).exists():
+                bar.initial += sum(unit.num_bytes for unit in units)  # no part of the rate
+                bar.update(sum(unit.num_bytes for unit in units))
+                continue
+            reports: list[WeightReport] = []
+            with ShardWriter(directory, shard) as writer:
+                for unit in units:
+                    bar.set_postfix_str(unit.target.name.removeprefix("model."), refresh=False)
+                    reports += convert_unit(plan, unit, writer, bar)
+            state.finish(shard, reports)
+
+
+@torch.no_grad()
+def convert_unit(
+    plan: ConversionPlan, unit: Unit, writer: ShardWriter, bar: Any
+) -> list[WeightReport]:
+    """Load, prune, encode and write one unit; an expert at a time where its sources allow."""
+    reports = []
+    names = list(unit.outputs)
+    if len(names) == 1 and names[0] in plan.patterns and unit.target.is_by_expert:
+        spec = unit.outputs[names[0]]
+        if len(spec.shape) == 3:
+            matrices = (
+                unit.target.load_matrix(plan.model, e).to(spec.dtype) for e in range(spec.shape[0])
+            )
+            return [_write_sparse(plan, unit, names[0], matrices, writer, bar)]
+    for name, tensor in unit.target.load(plan.model).items():
+        if name not in unit.outputs:
+            continue
+        spec = unit.outputs[name]
+        if name in plan.patterns:
+            flat = tensor.reshape(-1, *spec.shape[-2:])
+            matrices = (matrix.to(spec.dtype) for matrix in flat)
+            reports.append(_write_sparse(plan, unit, name, matrices, writer, bar))
+        else:
+            writer.write(name, tensor.to(spec.dtype))
+            bar.update(spec.num_bytes)
+    return reports
+
+
+def _write_sparse(
+    plan: ConversionPlan,
+    unit: Unit,
+    name: str,
+    matrices: Iterator[torch.Tensor],
+    writer: ShardWriter,
+    bar: Any,
+) -> WeightReport:
+    spec, pattern = unit.outputs[name], plan.patterns[name]
+    error = norm = 0.0
+    bytes_after = 0
+    for position, matrix in enumerate(matrices):
+        sparse, squared, total = compress_matrix(matrix, pattern, plan.config.method, name)
+        row = position if len(spec.shape) == 3 else None
+        for suffix, tensor in zip(SUFFIXES, sparse, strict=True):
+            writer.write(name + suffix, tensor, row)
+        error, norm = error + squared, norm + total
+        bytes_after += sparse.num_bytes
+        bar.update(matrix.numel() * matrix.element_size())
+    return WeightReport(
+        name, spec.shape, str(pattern), spec.num_bytes, bytes_after, relative(error, norm)
+    )
+
+
+def _finish(plan: ConversionPlan, directory: Path, source: str, state: _State) -> PatchReport:
+    """Everything beside the shards; the configuration last, it makes the directory loadable."""
+    by_name = {
+        entry["name"]: WeightReport(**{**entry, "shape": tuple(entry["shape"])})
+        for entries in state.done.values()
+        for entry in entries
+    }
+    ordered = tuple(by_name[name] for name in plan.patterns)
+    report = PatchReport(ordered, plan.patch.skipped, plan.config.method)
+    write_index(directory, plan.shards)
+    found = {name: (t.dtype, t.shape) for name, t in read_checkpoint(directory).items()}
+    wanted = {t.name: (t.dtype, t.shape) for shard in plan.shards for t in shard.tensors}
+    if found != wanted:
+        raise CheckpointError(
+            f"The shards in {directory} must be those of the plan, found others; start again with "
+            "--overwrite."
+        )
+    copy_companions(plan.source, directory)
+    write_text(directory / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_card(directory, plan, report, source)
+    with disk_errors(directory):
+        plan.model_config.dtype = plan.model.dtype
+        plan.model_config.architectures = [type(plan.model).__name__]
+        plan.model_config.quantization_config = plan.config.to_dict()
+        plan.model_config.save_pretrained(directory)
+    return report
