@@ -1,0 +1,230 @@
+"""The command ``samoyeds``: plan, convert, check, export-dense, eval, env, demo."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from samoyeds_hf.errors import ConfigError, SamoyedsError
+
+app = typer.Typer(
+    name="samoyeds",
+    help="Make Mixture-of-Experts checkpoints sparse, check them and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+if TYPE_CHECKING:
+    from samoyeds_hf.config import SamoyedsConfig
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+Source = Annotated[str, typer.Argument(help="Model directory, or an id of the Hub.")]
+Pattern = Annotated[str | None, typer.Option(help="N:M:V, or 2:4.  [default: 1:2:64]")]
+Method = Annotated[str | None, typer.Option(help="How weights are chosen.  [default: magnitude]")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="YAML file with all settings, or the name of a bundled recipe."),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace DST once the new checkpoint is complete.")
+]
+
+
+def main() -> None:
+    """Run the command; an error of the user's ends in one sentence and exit code 1."""
+    try:
+        app()
+    except SamoyedsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; a conversion continues with --resume.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def plan(
+    source: Source,
+    pattern: Pattern = None,
+    method: Method = None,
+    recipe: Recipe = None,
+    shard_size: ShardSize = "5GB",
+    destination: Annotated[
+        Path | None, typer.Option("--dst", help="Also check that the output fits there.")
+    ] = None,
+) -> None:
+    """Print sizes per layer, peak memory and disk need of a conversion, and write nothing."""
+    from samoyeds_hf.convert import resolve_source
+    from samoyeds_hf.plan import plan_conversion
+
+    found = plan_conversion(
+        resolve_source(source), _config(pattern, method, recipe), parse_size(shard_size)
+    )
+    found.check_disk(destination or Path.cwd())
+    print(found)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
+    pattern: Pattern = None,
+    method: Method = None,
+    recipe: Recipe = None,
+    shard_size: ShardSize = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted conversion, if any.")
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+) -> None:
+    """Prune and encode the experts of a checkpoint, from disk to disk, an expert at a time."""
+    from samoyeds_hf.convert import convert_checkpoint, resolve_source
+    from samoyeds_hf.directory import check_destination
+    from samoyeds_hf.plan import plan_conversion
+
+    config = _config(pattern, method, recipe)
+    if dry_run:
+        path = resolve_source(source)
+        found = plan_conversion(path, config, parse_size(shard_size))
+        check_destination(path, destination, overwrite)
+        found.check_disk(destination)
+        print(found)
+        return
+    report = convert_checkpoint(
+        source,
+        destination,
+        config,
+        shard_size=parse_size(shard_size),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    print(report)
+    print(f"written: {destination}")
+
+
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Its dense source: also report the error per weight.")
+    ] = None,
+) -> None:
+    """Read a sparse checkpoint whole and validate it against the format."""
+    from samoyeds_hf.verify import check_checkpoint
+
+    report = check_checkpoint(directory, against)
+    print(report)
+    if report.changed:
+        raise typer.Exit(1)
+
+
+@app.command("export-dense")
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an ordinary dense checkpoint (zeros in place) that any engine loads."""
+    from samoyeds_hf.verify import export_dense
+
+    export_dense(directory, destination, shard_size=parse_size(shard_size), overwrite=overwrite)
+    print(f"written: {destination}")
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model to measure.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, with commas.")],
+    against: Annotated[Path | None, typer.Option(help="Dense model beside it.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory with more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First samples of each task only.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt.")] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or 'auto'.")] = "1",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, ...")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of samples and few-shot examples.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+) -> None:
+    """Run lm-evaluation-harness and print the sparse model beside the dense one."""
+    from samoyeds_hf.evaluate import run
+
+    run(
+        directory,
+        tasks,
+        output=output,
+        against=against,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+@app.command()
+def env() -> None:
+    """Print versions, GPU, kernel library and which path the experts would take."""
+    from samoyeds_hf.environment import describe
+
+    print(describe())
+
+
+@app.command()
+def demo(
+    pattern: Annotated[str, typer.Option(help="Shown beside 2:4.")] = "1:2:64",
+    model: Annotated[
+        Path | None, typer.Option(help="A dense model of Python text.  [default: bundled]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens to measure on.")] = 20_000,
+) -> None:
+    """Convert a small trained model, load it in a fresh process, generate and compare."""
+    from samoyeds_hf.demo import run_demo
+
+    run_demo(pattern, model, max_tokens=tokens)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (powers of 1000, as the Hub counts).
+
+    Raises:
+        ConfigError: not a positive number with B, KB, MB, GB or TB.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    num_bytes = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
+    if num_bytes <= 0:
+        raise ConfigError(f"A size is written like '5GB' or '500MB', found {text!r}.")
+    return num_bytes
+
+
+def _config(pattern: str | None, method: str | None, recipe: str | None) -> SamoyedsConfig:
+    from samoyeds_hf.config import SamoyedsConfig
+    from samoyeds_hf.resources import recipe_path
+
+    given: dict[str, Any] = {
+        k: v for k, v in (("pattern", pattern), ("method", method)) if v is not None
+    }
+    if recipe is None:
+        return SamoyedsConfig(**given)
+    if given:
+        raise ConfigError(
+            f"Give --recipe or the single settings, found both --recipe and --{next(iter(given))}; "
+            "put the setting into the recipe."
+        )
+    return SamoyedsConfig.from_recipe(recipe_path(recipe))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The main job on a small trained model: convert, load in a fresh process, generate, compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samoyeds_hf.config import SamoyedsConfig, SparsityPattern
+from samoyeds_hf.convert import convert_checkpoint
+from samoyeds_hf.errors import SamoyedsError
+from samoyeds_hf.report import format_bytes, format_table
+from samoyeds_hf.resources import demo_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PROMPTS = ("def __init__(self", "import os\n")
+_NEW_TOKENS = 40
+
+# What a user's program does: nothing of this package is imported before the model is loaded.
+_FRESH_PROCESS = """\
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+from samoyeds_hf.demo import measure
+measure(model, tokenizer, int(sys.argv[2]))
+"""
+
+
+def run_demo(pattern: str, model: Path | None = None, *, max_tokens: int = 20_000) -> None:
+    """Print perplexity, size and a few generated lines: dense, 2:4, and ``pattern``.
+
+    Perplexity is on files of the standard library that the model was not trained on, see
+    :func:`samoyeds_hf.corpus.python_files`.
+
+    Raises:
+        SamoyedsError: no model, a pattern that does not fit, or a process that fails.
+    """
+    dense = demo_model() if model is None else model
+    patterns = dict.fromkeys(("2:4", str(SparsityPattern.parse(pattern))))
+    with tempfile.TemporaryDirectory(prefix="samoyeds-demo-") as folder:
+        directories = {"dense": dense}
+        for name in patterns:
+            directories[name] = Path(folder) / name.replace(":", "-")
+            start = time.perf_counter()
+            convert_checkpoint(dense, directories[name], SamoyedsConfig(name), progress=False)
+            print(f"converted to {name} in {time.perf_counter() - start:.1f} s")
+        results = {}
+        for name, directory in directories.items():
+            print(f"loading {name} in a fresh process")
+            results[name] = _in_fresh_process(directory, max_tokens)
+        sizes = {name: _weight_bytes(directory) for name, directory in directories.items()}
+    for prompt_index, prompt in enumerate(_PROMPTS):
+        for name, result in results.items():
+            print(f"\n--- {name} continues {prompt!r}")
+            print(result["samples"][prompt_index])
+    print()
+    print(_table(results, sizes))
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """Print perplexity and samples of a loaded model as one line of JSON."""
+    from samoyeds_hf.corpus import perplexity, python_files, read_texts
+    from samoyeds_hf.experts import SparseModule
+
+    samples = []
+    for prompt in _PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        # Greedy, so that two runs agree; the penalty keeps a small model from repeating a line.
+        tokens = model.generate(
+            **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, repetition_penalty=1.15
+        )
+        samples.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    texts = read_texts(python_files("heldout"))
+    value = perplexity(model, tokenizer, texts, max_tokens=max_tokens)
+    sparse = [type(m).__name__ for m in model.modules() if isinstance(m, SparseModule)]
+    print(json.dumps({"perplexity": value, "samples": samples, "sparse_modules": len(sparse)}))
+
+
+def _in_fresh_process(directory: Path, max_tokens: int) -> dict[str, Any]:
+    """Load a checkpoint as a user would, and measure it."""
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", _FRESH_PROCESS, str(directory), str(max_tokens)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if process.returncode:
+        raise SamoyedsError(
+            f"Loading {directory.name} in a fresh process must work, found exit code "
+            f"{process.returncode}; see 'samoyeds env'. It said:\n{process.stderr.strip()}"
+        )
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _table(results: dict[str, dict[str, Any]], sizes: dict[str, int]) -> str:
+    rows = [
+        (
+            name,
+            format_bytes(sizes[name]),
+            f"{sizes[name] / sizes['dense']:.2f}",
+            str(result["sparse_modules"]),
+            f"{result['perplexity']:.2f}",
+        )
+        for name, result in results.items()
+    ]
+    head = ("model", "weights on disk", "ratio", "sparse layers", "held-out perplexity")
+    return format_table(head, rows)
