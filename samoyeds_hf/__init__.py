@@ -65,4 +65,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-autoload.arm()
+if not autoload.is_torch_importing():  # else the entry point decides, which may be turned off
+    autoload.arm()

@@ -1,7 +1,7 @@
 """Registration without an import.
 
 transformers has no plug-in mechanism, torch has one: the entry point group ``torch.backends`` runs
-at ``import torch``. There :func:`autoload` arms a hook on the import of three modules of
+at ``import torch``. There :func:`autoload` arms a hook on the import of four modules of
 transformers, and nothing else happens until one of them is loaded. So ``from_pretrained`` and
 programs like ``lm_eval`` open a sparse checkpoint with the package installed and nothing imported.
 
@@ -26,6 +26,7 @@ _HOOKS = {
     "transformers.quantizers.auto": ("samoyeds_hf.hf", "register"),
     "transformers.models.auto.configuration_auto": ("samoyeds_hf.hosts", "register_configs"),
     "transformers.models.auto.modeling_auto": ("samoyeds_hf.hosts", "register_models"),
+    "transformers.models.auto.tokenization_auto": ("samoyeds_hf.hosts", "register_tokenizers"),
 }
 
 
@@ -33,17 +34,36 @@ def autoload() -> None:
     """The entry point that torch calls; honours the opt-out variable."""
     if os.environ.get(OPT_OUT, "1") != "0":
         arm()
+    elif not _is_armed():
+        # As if torch had not imported us: an import of the user's own is to run __init__ and arm.
+        for name in (__name__, __package__):
+            sys.modules.pop(name, None)
+
+
+def is_torch_importing() -> bool:
+    """Whether ``import torch`` is under way: then it is torch that imports this package."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def arm() -> None:
     """Register now with what is loaded of transformers, and later with what comes. Idempotent."""
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    if not _is_armed():
         sys.meta_path.insert(0, _AfterImport())
     for name in _HOOKS:
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None)
-        if module is not None and not getattr(spec, "_initializing", False):
+        if module is None:
+            continue
+        if type(spec) is ModuleSpec and getattr(spec, "_initializing", False):
+            # It is this module that imports torch, and torch that called us.
+            spec.__class__ = _RunningSpec
+        else:
             _call(name)
+
+
+def _is_armed() -> bool:
+    return any(isinstance(finder, _AfterImport) for finder in sys.meta_path)
 
 
 def _call(name: str) -> None:
@@ -70,6 +90,21 @@ class _AfterImport(MetaPathFinder):
                     spec.loader = _CallingLoader(spec.loader, fullname)
                     return spec
         return None
+
+
+class _RunningSpec(ModuleSpec):
+    """The spec of a module that is being executed; importlib tells it when that is over."""
+
+    @property
+    def _initializing(self) -> bool:
+        return True
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__class__ = ModuleSpec  # type: ignore[assignment]
+        vars(self)["_initializing"] = value
+        if self.name in sys.modules:  # else it failed
+            _call(self.name)
 
 
 class _CallingLoader(Loader):

@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Make Mixture-of-Experts checkpoints sparse, check them and measure them.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # markup would read N:M:V as an emoji and [default: ...] as a style
     pretty_exceptions_enable=False,
 )
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-Source = Annotated[str, typer.Argument(help="Model directory, or an id of the Hub.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Model directory, or an id of the Hub.")]
 Pattern = Annotated[str | None, typer.Option(help="N:M:V, or 2:4.  [default: 1:2:64]")]
 Method = Annotated[str | None, typer.Option(help="How weights are chosen.  [default: magnitude]")]
 Recipe = Annotated[
@@ -38,15 +39,15 @@ Overwrite = Annotated[
 
 
 def main() -> None:
-    """Run the command; an error of the user's ends in one sentence and exit code 1."""
+    """Run the command; an error of the user's ends in one sentence and exit code 1, Ctrl-C in 130.
+
+    A command line that cannot be parsed ends in exit code 2.
+    """
     try:
         app()
-    except SamoyedsError as error:
+    except (SamoyedsError, OSError) as error:  # an OSError says which file or address
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; a conversion continues with --resume.", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.command()
@@ -60,13 +61,13 @@ def plan(
         Path | None, typer.Option("--dst", help="Also check that the output fits there.")
     ] = None,
 ) -> None:
-    """Print sizes per layer, peak memory and disk need of a conversion, and write nothing."""
-    from samoyeds_hf.convert import resolve_source
+    """Print sizes, peak memory and disk need; write nothing.
+
+    Of a repository of the Hub only the configuration and the headers are read.
+    """
     from samoyeds_hf.plan import plan_conversion
 
-    found = plan_conversion(
-        resolve_source(source), _config(pattern, method, recipe), parse_size(shard_size)
-    )
+    found = plan_conversion(source, _config(pattern, method, recipe), parse_size(shard_size))
     found.check_disk(destination or Path.cwd())
     print(found)
 
@@ -87,27 +88,33 @@ def convert(
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
 ) -> None:
-    """Prune and encode the experts of a checkpoint, from disk to disk, an expert at a time."""
-    from samoyeds_hf.convert import convert_checkpoint, resolve_source
+    """Prune and encode the experts of a checkpoint on disk.
+
+    Memory: one expert at a time. DST appears when it is complete.
+    """
+    from samoyeds_hf.convert import convert_checkpoint
     from samoyeds_hf.directory import check_destination
     from samoyeds_hf.plan import plan_conversion
 
     config = _config(pattern, method, recipe)
     if dry_run:
-        path = resolve_source(source)
-        found = plan_conversion(path, config, parse_size(shard_size))
-        check_destination(path, destination, overwrite)
+        found = plan_conversion(source, config, parse_size(shard_size))
+        check_destination(found.source, destination, overwrite)
         found.check_disk(destination)
         print(found)
         return
-    report = convert_checkpoint(
-        source,
-        destination,
-        config,
-        shard_size=parse_size(shard_size),
-        resume=resume,
-        overwrite=overwrite,
-    )
+    try:
+        report = convert_checkpoint(
+            source,
+            destination,
+            config,
+            shard_size=parse_size(shard_size),
+            resume=resume,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume continues.", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(report)
     print(f"written: {destination}")
 
@@ -119,7 +126,10 @@ def check(
         Path | None, typer.Option(help="Its dense source: also report the error per weight.")
     ] = None,
 ) -> None:
-    """Read a sparse checkpoint whole and validate it against the format."""
+    """Read a sparse checkpoint whole and validate it.
+
+    Exit code 1 if it is damaged, or if a tensor that was only copied differs from --against.
+    """
     from samoyeds_hf.verify import check_checkpoint
 
     report = check_checkpoint(directory, against)
@@ -135,7 +145,10 @@ def export(
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an ordinary dense checkpoint (zeros in place) that any engine loads."""
+    """Write a sparse checkpoint as a dense one, zeros in place.
+
+    It is an ordinary checkpoint that plain transformers and other engines load.
+    """
     from samoyeds_hf.verify import export_dense
 
     export_dense(directory, destination, shard_size=parse_size(shard_size), overwrite=overwrite)
@@ -156,7 +169,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Of samples and few-shot examples.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
-    """Run lm-evaluation-harness and print the sparse model beside the dense one."""
+    """Run lm-eval on a model, and on its dense original beside it."""
     from samoyeds_hf.evaluate import run
 
     run(
@@ -176,7 +189,7 @@ def evaluate(
 
 @app.command()
 def env() -> None:
-    """Print versions, GPU, kernel library and which path the experts would take."""
+    """Print versions, GPU, and which path the experts take."""
     from samoyeds_hf.environment import describe
 
     print(describe())
@@ -188,9 +201,12 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="A dense model of Python text.  [default: bundled]")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens to measure on.")] = 20_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 20_000,
 ) -> None:
-    """Convert a small trained model, load it in a fresh process, generate and compare."""
+    """Convert a small trained model, load it and compare.
+
+    Each one is loaded in a fresh process; perplexity is on Python files that it was not trained on.
+    """
     from samoyeds_hf.demo import run_demo
 
     run_demo(pattern, model, max_tokens=tokens)

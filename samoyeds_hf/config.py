@@ -69,12 +69,8 @@ class SparsityPattern:
             return text
         if text == "2:4":
             return cls(1, 1)
-        if not isinstance(text, str):
-            raise PatternError(
-                f"A pattern must be text such as '1:2:64' or '2:4', found {text!r}; put it between "
-                "quotes, YAML reads some patterns as a number."
-            )
-        match = re.fullmatch("([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})", text)
+        numbers = "([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})"
+        match = re.fullmatch(numbers, text) if isinstance(text, str) else None
         if match is None:
             raise PatternError(
                 f"A pattern is written 'N:M:V' (for example '1:2:64') or '2:4', found {text!r}."

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,22 @@ from tqdm import tqdm
 import samoyeds_hf
 from samoyeds_hf.card import write_card
 from samoyeds_hf.config import SamoyedsConfig
-from samoyeds_hf.directory import REPORT_FILE, STATE_FILE, copy_companions, growing_directory
+from samoyeds_hf.directory import (
+    REPORT_FILE,
+    STATE_FILE,
+    check_destination,
+    copy_companions,
+    growing_directory,
+)
 from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES
+from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
 from samoyeds_hf.patch import compress_matrix
 from samoyeds_hf.plan import ConversionPlan, Unit, plan_conversion
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.shards import ShardSpec, ShardWriter, disk_errors, write_index, write_text
-from samoyeds_hf.source import read_checkpoint
+from samoyeds_hf.stored import read_checkpoint
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -60,46 +68,18 @@ def convert_checkpoint(
         SamoyedsError: a subclass; nothing that existed before is lost.
     """
     destination = Path(destination)
-    plan = plan_conversion(resolve_source(source), config or SamoyedsConfig(), shard_size)
+    config = config or SamoyedsConfig()
+    plan = plan_conversion(source, config, shard_size)
+    check_destination(plan.source, destination, overwrite)
     plan.check_disk(destination)
+    if not Path(source).exists():  # only now: a download may take hours
+        plan = plan_conversion(resolve_source(source), config, shard_size)
     with growing_directory(
         plan.source, destination, resume=resume, overwrite=overwrite
     ) as directory:
         state = _State.open(directory, plan, shard_size)
         _convert_shards(plan, directory, state, progress)
         return _finish(plan, directory, str(source), state)
-
-
-def resolve_source(source: str | Path) -> Path:
-    """A local directory as it is; a repository of the Hub is downloaded into the cache.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    if Path(source).exists():
-        return Path(source)
-    name = str(source)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"The source must be a model directory or a Hub id such as 'org/name', found no "
-            f"{name!r}."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    ignored = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py"]
-    ignored += ["original/*", "consolidated*"]  # the same weights once more
-    try:
-        return Path(snapshot_download(name, ignore_patterns=ignored))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{name!r} must be a directory or a reachable repository of the Hub, found neither "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
-        ) from error
 
 
 class _State:
@@ -123,7 +103,7 @@ class _State:
                 k for k, v in state.fingerprint.items() if found["fingerprint"].get(k) != v
             ]
             state.done = found["done"]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{state.path} must say what was converted, found it unreadable ({error!r}); start "
                 "again with --overwrite."
@@ -158,19 +138,21 @@ def _fingerprint(plan: ConversionPlan, shard_size: int) -> dict[str, Any]:
 
 
 def _convert_shards(plan: ConversionPlan, directory: Path, state: _State, progress: bool) -> None:
-    total = sum(unit.num_bytes for unit in plan.units)
+    left = [s for s in plan.shards if s.file not in state.done or not (directory / s.file).exists()]
+    work = {shard.file: plan.units_in(shard) for shard in left}
+    total = plan.bytes_before
     with tqdm(
-        total=total, unit="B", unit_scale=True, disable=not progress, desc="converting"
+        total=total,
+        initial=total - sum(unit.num_bytes for units in work.values() for unit in units),
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        desc="converting",
     ) as bar:
-        for shard in plan.shards:
-            units = plan.units_in(shard)
-            if shard.file in state.done and (directory / shard.file).exists():
-                bar.initial += sum(unit.num_bytes for unit in units)  # no part of the rate
-                bar.update(sum(unit.num_bytes for unit in units))
-                continue
+        for shard in left:
             reports: list[WeightReport] = []
             with ShardWriter(directory, shard) as writer:
-                for unit in units:
+                for unit in work[shard.file]:
                     bar.set_postfix_str(unit.target.name.removeprefix("model."), refresh=False)
                     reports += convert_unit(plan, unit, writer, bar)
             state.finish(shard, reports)
@@ -186,18 +168,15 @@ def convert_unit(
     if len(names) == 1 and names[0] in plan.patterns and unit.target.is_by_expert:
         spec = unit.outputs[names[0]]
         if len(spec.shape) == 3:
-            matrices = (
-                unit.target.load_matrix(plan.model, e).to(spec.dtype) for e in range(spec.shape[0])
-            )
-            return [_write_sparse(plan, unit, names[0], matrices, writer, bar)]
+            load = partial(unit.target.load_matrix, plan.model)
+            return [_write_sparse(plan, unit, names[0], load, writer, bar)]
     for name, tensor in unit.target.load(plan.model).items():
         if name not in unit.outputs:
             continue
         spec = unit.outputs[name]
         if name in plan.patterns:
             flat = tensor.reshape(-1, *spec.shape[-2:])
-            matrices = (matrix.to(spec.dtype) for matrix in flat)
-            reports.append(_write_sparse(plan, unit, name, matrices, writer, bar))
+            reports.append(_write_sparse(plan, unit, name, flat.__getitem__, writer, bar))
         else:
             writer.write(name, tensor.to(spec.dtype))
             bar.update(spec.num_bytes)
@@ -208,21 +187,24 @@ def _write_sparse(
     plan: ConversionPlan,
     unit: Unit,
     name: str,
-    matrices: Iterator[torch.Tensor],
+    load: Callable[[int], torch.Tensor],  # matrix [m, k] by position
     writer: ShardWriter,
     bar: Any,
 ) -> WeightReport:
     spec, pattern = unit.outputs[name], plan.patterns[name]
     error = norm = 0.0
     bytes_after = 0
-    for position, matrix in enumerate(matrices):
-        sparse, squared, total = compress_matrix(matrix, pattern, plan.config.method, name)
-        row = position if len(spec.shape) == 3 else None
+    rows: list[int | None] = [None] if len(spec.shape) == 2 else list(range(spec.shape[0]))
+    for row in rows:
+        matrix = load(row or 0).to(spec.dtype)
+        place = name if row is None else f"{name}[{row}]"
+        sparse, squared, total = compress_matrix(matrix, pattern, plan.config.method, place)
         for suffix, tensor in zip(SUFFIXES, sparse, strict=True):
             writer.write(name + suffix, tensor, row)
         error, norm = error + squared, norm + total
         bytes_after += sparse.num_bytes
         bar.update(matrix.numel() * matrix.element_size())
+        del matrix, sparse  # before the next one is loaded
     return WeightReport(
         name, spec.shape, str(pattern), spec.num_bytes, bytes_after, relative(error, norm)
     )

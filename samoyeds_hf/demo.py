@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from samoyeds_hf.config import SamoyedsConfig, SparsityPattern
 from samoyeds_hf.convert import convert_checkpoint
 from samoyeds_hf.errors import SamoyedsError
+from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.report import format_bytes, format_table
 from samoyeds_hf.resources import demo_model
 
@@ -43,7 +44,7 @@ def run_demo(pattern: str, model: Path | None = None, *, max_tokens: int = 20_00
     Raises:
         SamoyedsError: no model, a pattern that does not fit, or a process that fails.
     """
-    dense = demo_model() if model is None else model
+    dense = demo_model() if model is None else resolve_source(model)
     patterns = dict.fromkeys(("2:4", str(SparsityPattern.parse(pattern))))
     with tempfile.TemporaryDirectory(prefix="samoyeds-demo-") as folder:
         directories = {"dense": dense}
@@ -95,12 +96,18 @@ def _in_fresh_process(directory: Path, max_tokens: int) -> dict[str, Any]:
         check=False,
     )
     if process.returncode:
+        found = _last_line(process.stderr) or f"exit code {process.returncode}"
         raise SamoyedsError(
-            f"Loading {directory.name} in a fresh process must work, found exit code "
-            f"{process.returncode}; see 'samoyeds env'. It said:\n{process.stderr.strip()}"
+            f"{directory} must load in a fresh process and continue a text, found {found}; "
+            "see 'samoyeds env'."
         )
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
+
+
+def _last_line(text: str) -> str:
+    """What a traceback ends with: the error."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "").rstrip(".")
 
 
 def _weight_bytes(directory: Path) -> int:

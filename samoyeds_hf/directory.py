@@ -66,11 +66,12 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
 
 @contextmanager
 def growing_directory(
-    source: Path, destination: Path, *, resume: bool, overwrite: bool
+    source: Path, destination: Path, *, resume: bool | None, overwrite: bool
 ) -> Iterator[Path]:
     """``DST.partial``, locked; it becomes DST by one rename if the block ends without an error.
 
-    After an error it stays, for ``resume``.
+    After an error it stays, for ``resume``. Work that cannot be continued passes None there: what
+    is left of an earlier run is then of no use, and deleted.
 
     Raises:
         CheckpointError: see :func:`check_destination`; or a half-written directory is there and
@@ -78,12 +79,13 @@ def growing_directory(
     """
     destination = destination.resolve()
     partial, replaced = partial_of(destination), _replaced_of(destination)
-    with disk_errors(destination):
-        if replaced.exists() and not destination.exists():
-            replaced.rename(destination)  # a run ended between the two renames
     check_destination(source, destination, overwrite)
     if partial.exists():
-        _check_partial(partial, destination, resume or overwrite)
+        _check_partial(partial, destination, allowed=resume is not False or overwrite)
+        if replaced.exists() and not destination.exists():
+            with disk_errors(destination):
+                replaced.rename(destination)  # a run ended between the two renames
+            check_destination(source, destination, overwrite)
     with disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):

@@ -46,6 +46,10 @@ class SparseModule(nn.Module):
         for suffix, tensor in zip(SUFFIXES, weight, strict=True):
             self.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
 
+    def dense_shape(self, name: str) -> torch.Size:
+        """Shape of one weight before it became sparse."""
+        return self._dense_module.get_parameter(name).shape
+
     def to_dense(self) -> nn.Module:
         """The module that was replaced, with the pruned weights."""
         dense = copy.copy(self._dense_module)

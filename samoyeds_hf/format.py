@@ -40,6 +40,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from samoyeds_hf.chunks import rows_per_chunk
 from samoyeds_hf.config import FORMAT_VERSION, GROUP, KEPT_PER_GROUP, MAX_M, SparsityPattern
 from samoyeds_hf.errors import FormatError
 
@@ -62,7 +63,6 @@ SUFFIXES = ("", "_meta", "_index")  # of a tensor's name, in the order of Sparse
 VALID_NIBBLES = (4, 8, 9, 12, 13, 14)  # i0 | i1 << 2 for i0 < i1
 
 _BITS_DTYPE = {2: torch.int16, 4: torch.int32}  # copies bits where a float copy may quiet a NaN
-_CHUNK_ELEMENTS = 1 << 18  # dense elements encoded at once: temporaries stay in the cache
 _NOT_A_NIBBLE = 0xFF
 
 
@@ -125,9 +125,9 @@ def encode(
     # m is a multiple of M, so blocks never straddle two matrices and leading dimensions are rows.
     flat_weight, flat_mask = weight.detach().reshape(-1, k), mask.reshape(-1, k)
     flat_out = [tensor.view(-1, tensor.shape[-1]) for tensor in out]
-    blocks_per_chunk = max(1, _CHUNK_ELEMENTS // (pattern.m * k))
-    for start in range(0, flat_weight.shape[0], blocks_per_chunk * pattern.m):
-        stop = min(start + blocks_per_chunk * pattern.m, flat_weight.shape[0])
+    step = rows_per_chunk(pattern.m, k, weight.device)
+    for start in range(0, flat_weight.shape[0], step):
+        stop = min(start + step, flat_weight.shape[0])
         encoded = _encode_rows(flat_weight[start:stop], flat_mask[start:stop], pattern)
         if encoded is None:
             _raise_bad_mask(mask, pattern, name)
@@ -144,22 +144,17 @@ def decode(stored: SparseWeight, pattern: SparsityPattern) -> torch.Tensor:
     """
     *lead, kept, half_k = stored.values.shape
     k, rows = half_k * 2, kept // pattern.n * pattern.m
-    v = pattern.sub_row(k)
     bits = _BITS_DTYPE[stored.values.element_size()]
-    values = stored.values.reshape(-1, 2).view(bits)  # [groups, 2]
-    # A group's two positions, from its nibble: [kept rows * k/4, 2].
-    low, high = stored.meta & 0xF, stored.meta >> 4
-    nibbles = torch.stack((low, high), dim=-1).view(-1, 1)
-    positions = torch.cat((nibbles & 3, nibbles >> 2), dim=1).to(torch.int64)
-    groups = torch.zeros(values.shape[0], GROUP, dtype=bits, device=values.device)
-    groups.scatter_(1, positions, values)
-    # Sub-Row (block, slot, j) of the kept ones is Sub-Row (block, index, j) of the dense weight.
-    num_rows = rows
-    for size in lead:
-        num_rows *= size
-    dense = torch.zeros(num_rows * (k // v), v, dtype=bits, device=values.device)
-    dense[_dense_sub_rows(stored.index, pattern)] = groups.view(-1, v)
-    return dense.view(stored.values.dtype).view(*lead, rows, k)
+    dense = torch.zeros(*lead, rows, k, dtype=bits, device=stored.values.device)
+    flat_dense = dense.view(-1, k)
+    flat = SparseWeight(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in stored))
+    step = rows_per_chunk(pattern.m, k, dense.device)
+    for start in range(0, flat_dense.shape[0], step):
+        stop = min(start + step, flat_dense.shape[0])
+        kept_rows = slice(pattern.kept_rows(start), pattern.kept_rows(stop))
+        chunk = SparseWeight(*(tensor[kept_rows] for tensor in flat))
+        _decode_rows(chunk, pattern, flat_dense[start:stop])
+    return dense.view(stored.values.dtype)
 
 
 def validate(
@@ -247,6 +242,22 @@ def _encode_rows(
     return values, meta, index
 
 
+def _decode_rows(
+    stored: SparseWeight,  # of some whole blocks, two dimensions each
+    pattern: SparsityPattern,
+    dense: torch.Tensor,  # [rows, k]  bits, zero; written
+) -> None:
+    v = pattern.sub_row(dense.shape[1])
+    values = stored.values.contiguous().view(dense.dtype).view(-1, KEPT_PER_GROUP)
+    # A group's two positions, from its nibble.
+    nibbles = torch.stack((stored.meta & 0xF, stored.meta >> 4), dim=-1).view(-1, 1)
+    positions = torch.cat((nibbles & 3, nibbles >> 2), dim=1).to(torch.int64)
+    groups = torch.zeros(values.shape[0], GROUP, dtype=dense.dtype, device=dense.device)
+    groups.scatter_(1, positions, values)
+    # Sub-Row (block, slot, j) of the kept ones is Sub-Row (block, index, j) of the dense weight.
+    dense.view(-1, v)[_dense_sub_rows(stored.index, pattern)] = groups.view(-1, v)
+
+
 def _kept_of_groups(
     bits: torch.Tensor,  # [Sub-Rows, V]  integer
     mask: torch.Tensor,  # [Sub-Rows, V]  bool, 2 of every 4
@@ -256,7 +267,7 @@ def _kept_of_groups(
     NOTE: masked_select() and where() branch on a mask that nothing predicts: ten times slower.
     """
     a, b, c, d = bits.view(-1, GROUP).unbind(dim=1)
-    # All ones where kept.
+    # -1 where kept: all ones.
     keep_a, keep_b, keep_c, keep_d = mask.view(-1, GROUP).t().to(bits.dtype).neg_().unbind(dim=0)
     first = _select(keep_a, a, _select(keep_b, b, c))
     second = _select(keep_d, d, _select(keep_c, c, b))

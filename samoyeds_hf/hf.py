@@ -7,6 +7,7 @@ headers and contents, before any of it can reach a kernel.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,18 @@ import torch
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
+from samoyeds_hf.checkpoint import check_dense, check_sparse
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.environment import announce_path
-from samoyeds_hf.errors import CheckpointError, SamoyedsError, UnsupportedModelError
+from samoyeds_hf.errors import SamoyedsError, UnsupportedModelError
 from samoyeds_hf.experts import SparseModule
-from samoyeds_hf.format import SUFFIXES, SparseWeight, validate
+from samoyeds_hf.format import SUFFIXES
+from samoyeds_hf.models import FUSED
 from samoyeds_hf.patch import PatchPlan, build_sparse, compress, plan_model, unpatch_model
 from samoyeds_hf.report import PatchReport, WeightReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from samoyeds_hf.source import StoredTensor
 
 _EXPERT_SHARDING = "grouped_gemm"  # transformers' name for "split dimension 0 over the ranks"
 
@@ -40,6 +41,7 @@ class SamoyedsHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: PatchPlan | None = None
         self.reports: list[WeightReport] = []
+        self.error: SamoyedsError | None = None  # the first one while weights were pruned
 
     @property
     def report(self) -> PatchReport:
@@ -94,6 +96,9 @@ class SamoyedsHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        if self.error is not None:
+            raise self.error
+        _refuse_tensor_parallel(model)
         for module in model.modules():
             if isinstance(module, SparseModule):
                 module.requires_grad_(False)
@@ -119,7 +124,18 @@ class SamoyedsHfQuantizer(HfQuantizer):
         return config
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """From transformers 5.21: meta and index are split over the ranks like their values."""
+        """From transformers 5.21: meta and index are split over the ranks like their values.
+
+        Sparse shared experts are held whole by every rank; the tensor-parallel rules around them
+        would cut into blocks.
+        """
+        whole = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", assignment.site.group)
+            for assignment in (self.plan.assignments if self.plan else ())
+            if assignment.site.kind != FUSED
+        }
+        for key in [key for key in plan if any(key.startswith(f"{group}.") for group in whole)]:
+            del plan[key]
         plan.update(_with_companions(plan))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -156,89 +172,15 @@ class SamoyedsEncode(ConversionOps):
                 encoded[name] = dense
                 continue
             method = self.quantizer.quantization_config.method
-            stored, report = compress(dense, plan.targets()[target], method, target)
+            try:
+                stored, report = compress(dense, plan.targets()[target], method, target)
+            except SamoyedsError as error:
+                # Raised here, transformers would bury it in a log and raise one of its own.
+                self.quantizer.error = self.quantizer.error or error
+                continue
             self.quantizer.reports.append(report)
             encoded.update({target + suffix: t for suffix, t in zip(SUFFIXES, stored, strict=True)})
         return encoded
-
-
-def check_dense(model: PreTrainedModel, files: list[Path], targets: set[str]) -> None:
-    """Refuse a dense checkpoint in which a weight that becomes sparse is missing or misshapen.
-
-    Once a quantizer is set, transformers does not treat that as fatal.
-    """
-    from samoyeds_hf.source import plan_sources
-
-    plan = plan_sources(model, _headers(files))
-    if missing := sorted(set(plan.missing) & targets):
-        raise CheckpointError(
-            f"The checkpoint must hold every expert, found {missing[0]} missing ({len(missing)} in "
-            "all); download it again."
-        )
-    for name in sorted(targets):
-        found = tuple(plan.targets[name].on_meta(model)[name].shape)
-        expected = tuple(model.get_parameter(name).shape)
-        if found != expected:
-            raise CheckpointError(
-                f"{name} must have shape {list(expected)}, found {list(found)}; the configuration "
-                "and the weights do not belong together."
-            )
-
-
-def check_sparse(model: PreTrainedModel, files: list[Path]) -> None:
-    """Refuse a sparse checkpoint that is incomplete or breaks the format.
-
-    Reads all headers, and the contents of meta and index (an eighth of the sparse weights): what
-    is out of range there would make a kernel read somewhere else.
-
-    Raises:
-        CheckpointError: a tensor is missing, or a file is damaged.
-        FormatError: a shape, dtype, index or nibble; names tensor, place and value.
-    """
-    from samoyeds_hf.source import plan_sources
-
-    plan = plan_sources(model, _headers(files))
-    is_whole = (model.config.architectures or [None])[0] == type(model).__name__
-    sparse = {
-        f"{name}.{weight}{suffix}"
-        for name, module in model.named_modules()
-        if isinstance(module, SparseModule)
-        for weight in module.patterns
-        for suffix in SUFFIXES
-    }
-    if missing := [name for name in plan.missing if is_whole or name in sparse]:
-        raise CheckpointError(
-            f"A sparse checkpoint must be complete, found {missing[0]} missing ({len(missing)} in "
-            "all); download or convert it again."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, SparseModule):
-            for weight, pattern in module.patterns.items():
-                stored = [
-                    _only_source(plan.targets[f"{name}.{weight}{suffix}"].sources)
-                    for suffix in SUFFIXES
-                ]
-                values = stored[0].on_meta()
-                loaded = SparseWeight(values, stored[1].load(), stored[2].load())
-                shape = module._dense_module.get_parameter(weight).shape
-                validate(loaded, pattern, shape, f"{name}.{weight}")
-
-
-def _only_source(sources: dict[str, list[StoredTensor]]) -> StoredTensor:
-    ((stored,),) = sources.values()
-    return stored
-
-
-def _headers(files: list[Path]) -> dict[str, StoredTensor]:
-    from samoyeds_hf.source import read_headers
-
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        found = files[0].name if files else "no file"
-        raise CheckpointError(
-            f"Samoyeds loads from safetensors files, found {found}; save the model with "
-            "save_pretrained first, or call patch_model on the loaded model."
-        )
-    return read_headers(files)
 
 
 def _with_companions(plan: dict[str, str]) -> dict[str, str]:
@@ -253,9 +195,8 @@ def _with_companions(plan: dict[str, str]) -> dict[str, str]:
 def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
     """Splitting inside an expert would tear blocks apart; whole experts can be split."""
     distributed = getattr(model.config, "distributed_config", None)
-    if distributed is None:
-        return
-    tp_size = getattr(distributed, "tp_size", None) or 1
+    # Older releases take tp_plan="auto" without a configuration; then only the model tells, later.
+    tp_size = getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1
     if tp_size > 1 and not getattr(distributed, "enable_expert_parallel", False):
         raise UnsupportedModelError(
             f"Sparse experts are split by expert, found tensor parallel over {tp_size} ranks; use "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from samoyeds_hf.chunks import rows_per_chunk
 from samoyeds_hf.config import SparsityPattern
 from samoyeds_hf.format import SparseWeight, decode
-
-_CHUNK_ELEMENTS = 1 << 22  # dense elements compared at once
 
 
 def squared_error(
@@ -17,7 +16,7 @@ def squared_error(
 ) -> tuple[float, float]:
     """``(|W - decode|^2, |W|^2)`` in fp64, a few rows at a time so that temporaries stay small."""
     rows, k = dense.shape
-    step = max(1, _CHUNK_ELEMENTS // (pattern.m * k)) * pattern.m
+    step = rows_per_chunk(pattern.m, k, dense.device)
     error = norm = 0.0
     for start in range(0, rows, step):
         kept = slice(pattern.kept_rows(start), pattern.kept_rows(min(start + step, rows)))

@@ -302,7 +302,8 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         )
     if not all(bool(torch.isfinite(matrix).all()) for matrix in _matrices(weight)):
         raise UnsupportedModelError(
-            f"{name} must be finite to be pruned, found NaN or infinity; check the source checkpoint."
+            f"{name} must be finite to be pruned, found NaN or infinity; check the source "
+            "checkpoint."
         )
 
 

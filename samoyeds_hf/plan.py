@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig, SparsityPattern
+from samoyeds_hf.config import SamoyedsConfig, SparsityPattern
 from samoyeds_hf.directory import partial_of
-from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
+from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES, VALUE_DTYPES, stored_shapes
+from samoyeds_hf.hub import open_source
 from samoyeds_hf.patch import PatchPlan, plan_model
 from samoyeds_hf.report import format_bytes, format_table
 from samoyeds_hf.shards import ShardSpec, TensorSpec, plan_shards
-from samoyeds_hf.source import (
-    Target,
-    first_floating_dtype,
-    loaded_dtypes,
-    plan_sources,
-    read_checkpoint,
-    tied_names,
-)
+from samoyeds_hf.skeleton import load_config, meta_model
+from samoyeds_hf.source import Target, loaded_dtypes, plan_sources, tied_names
+from samoyeds_hf.stored import StoredTensor, first_floating_dtype, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,6 +39,21 @@ class Unit:
     def num_bytes(self) -> int:
         """Bytes of the dense tensors."""
         return sum(spec.num_bytes for spec in self.outputs.values())
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(stored.num_bytes for stored in self._sources)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the model's dtype is another one than the source's."""
+        dtypes = {spec.dtype for spec in self.outputs.values()}
+        return dtypes != {stored.dtype for stored in self._sources}
+
+    @property
+    def _sources(self) -> list[StoredTensor]:
+        return [stored for parts in self.target.sources.values() for stored in parts]
 
 
 @dataclass(frozen=True)
@@ -90,16 +100,17 @@ class ConversionPlan:
         return [unit for unit in self.units if names.issuperset(unit.outputs)]
 
     def _memory_of(self, unit: Unit) -> int:
-        sparse = [spec for name, spec in unit.outputs.items() if name in self.patterns]
-        if not sparse:
-            return unit.num_bytes * (1 if unit.target.converter is None else 3)
-        matrix = sparse[0].num_bytes
-        if len(sparse[0].shape) == 3 and unit.target.is_by_expert:
-            matrix //= sparse[0].shape[0]
-            # Its parts as read, the joined matrix, its mask, and values, meta and index.
-            return matrix * 3
-        # The conversion needs all experts at once: parts, merged, joined; then one matrix at work.
-        return unit.num_bytes * 3
+        read, made = unit.num_bytes_read, unit.num_bytes
+        (spec, *_) = unit.outputs.values()
+        if spec.name in self.patterns and len(spec.shape) == 3 and unit.target.is_by_expert:
+            # One expert: its parts as read, joined, in its new dtype; mask, values, meta, index.
+            return (2 * read + made * (2 if unit.is_cast else 1)) // spec.shape[0]
+        cast = made if unit.is_cast else 0
+        if spec.name in self.patterns:
+            # All experts, or one Linear: the same, in one piece.
+            return 3 * read + cast + made
+        # Its parts as read, merged and joined.
+        return read * (1 if unit.target.converter is None else 3) + cast
 
     def __str__(self) -> str:
         rows: dict[str, list[int]] = {}
@@ -154,11 +165,11 @@ class ConversionPlan:
             )
 
 
-def plan_conversion(source: Path, config: SamoyedsConfig, shard_size: int) -> ConversionPlan:
+def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int) -> ConversionPlan:
     """Read configuration and headers of a dense checkpoint and decide everything.
 
     Args:
-        source: a local model directory.
+        source: a model directory, or a repository of the Hub, of which no weights are downloaded.
         config: what to make sparse.
         shard_size: bytes of a shard, at most, unless a single weight is larger.
 
@@ -167,8 +178,10 @@ def plan_conversion(source: Path, config: SamoyedsConfig, shard_size: int) -> Co
         PatternError: a weight that the pattern does not divide.
         UnsupportedModelError: no class in transformers, or experts that are not supported.
     """
-    model_config = load_config(source)
-    tensors = read_checkpoint(source)
+    directory, tensors = open_source(source)
+    model_config = load_config(directory)
+    if tensors is None:
+        tensors = read_checkpoint(directory)
     dtype = model_config.dtype or first_floating_dtype(list(tensors.values()))
     model = meta_model(model_config, dtype)
     patch = plan_model(model, config)
@@ -192,7 +205,7 @@ def plan_conversion(source: Path, config: SamoyedsConfig, shard_size: int) -> Co
         for unit in units
     ]
     return ConversionPlan(
-        source=source,
+        source=directory,
         config=config,
         model_config=model_config,
         model=model,
@@ -213,85 +226,6 @@ def outputs_of(spec: TensorSpec, patterns: dict[str, SparsityPattern]) -> list[T
         TensorSpec(spec.name + suffix, dtype, shape)
         for suffix, dtype, shape in zip(SUFFIXES, dtypes, shapes, strict=True)
     ]
-
-
-def load_config(source: Path, *, sparse: bool = False) -> PreTrainedConfig:
-    """The configuration of a dense model, or of one that is known to be ``sparse``.
-
-    Raises:
-        CheckpointError: none there, unreadable, or of a model that is already quantised.
-        UnsupportedModelError: a model type that transformers does not know.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    content = read_config(source)
-    quantization = content.get("quantization_config")
-    if quantization is None:
-        quantization = (content.get("text_config") or {}).get("quantization_config")
-    if quantization is not None and not sparse:
-        method = quantization.get("quant_method")
-        way_out = (
-            "use its dense original, or 'samoyeds export-dense'"
-            if method == QUANT_METHOD
-            else "dequantise it first (load it with dequantize=True, save it in bf16)"
-        )
-        raise CheckpointError(
-            f"The source must be dense, found one quantised with {method!r} in {source}; {way_out}."
-        )
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"The model type must be known to transformers, found "
-            f"{content.get('model_type')!r} ({str(error).splitlines()[0]})."
-        ) from error
-    except StrictDataclassError as error:
-        raise CheckpointError(
-            f"{source / 'config.json'} must fit its model type, found: "
-            f"{' '.join(str(error).split())}; download it again."
-        ) from error
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model directory, as it is.
-
-    Raises:
-        CheckpointError: none there, or no JSON object.
-    """
-    path = directory / "config.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"A model directory needs a readable config.json, found none in {directory} ({error})."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"A config.json must be a JSON object, found {content!r} in {path}.")
-    return content
-
-
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that a configuration describes, without weights.
-
-    Raises:
-        UnsupportedModelError: transformers has no class for it.
-    """
-    import transformers
-
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
-    if model_class is None:
-        mapping = transformers.AutoModelForCausalLM._model_mapping
-        if type(config) not in mapping:
-            raise UnsupportedModelError(
-                f"The architecture must be one of transformers', found {architecture!r}; custom "
-                "code is not run."
-            )
-        model_class = mapping[type(config)]
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    return model
 
 
 def _plan_unit(

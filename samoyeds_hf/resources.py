@@ -24,11 +24,12 @@ def recipe_path(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    bundled = configs_dir() / "recipes" / f"{name}.yaml"
-    if bundled.is_file():
-        return bundled
-    known = sorted(path.stem for path in bundled.parent.glob("*.yaml"))
-    raise ConfigError(f"A recipe must be a file or one of {known}, found no {str(name)!r}.")
+    bundled = {path.stem: path for path in (configs_dir() / "recipes").glob("*.yaml")}
+    if str(name) in bundled:
+        return bundled[str(name)]
+    raise ConfigError(
+        f"A recipe must be a file or one of {sorted(bundled)}, found no {str(name)!r}."
+    )
 
 
 def demo_model() -> Path:
@@ -40,7 +41,7 @@ def demo_model() -> Path:
     path = _CHECKOUT / "tests" / "assets" / "tiny-moe"
     if not (path / "config.json").is_file():
         raise SamoyedsError(
-            f"The demo needs the model that the repository bundles, found none at {path}; run it in "
-            "a clone, or name another dense model with --model."
+            f"The demo needs the model that the repository bundles, found none at {path}; run it "
+            "in a clone, or name another dense model with --model."
         )
     return path

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from samoyeds_hf.errors import CheckpointError
-from samoyeds_hf.source import DTYPES, INDEX_FILE, SINGLE_FILE
+from samoyeds_hf.stored import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 TEMPORARY = ".tmp"
@@ -215,7 +215,7 @@ class disk_errors:
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"{self.path} must be writable on a disk with room for it, found "
-                f"{error.strerror or error!r}; free space or choose another place, then use "
+                f"{error.strerror or error}; free space or choose another place, then use "
                 "--resume."
             ) from error
 

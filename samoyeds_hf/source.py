@@ -7,17 +7,13 @@ tensor at a time, because what is read of a mapped file counts as memory used un
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -30,125 +26,10 @@ from transformers.core_model_loading import (
 )
 
 from samoyeds_hf.errors import CheckpointError
+from samoyeds_hf.stored import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not loaded."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def load(self) -> torch.Tensor:
-        """All of it, on the CPU; the file's pages stay mapped as long as the tensor lives."""
-        with _open(self.file) as handle:
-            tensor: torch.Tensor = handle.get_tensor(self.name)
-            return tensor
-
-    def load_row(self, position: int) -> torch.Tensor:
-        """``tensor[position:position + 1]``, reading no more than that."""
-        with _open(self.file) as handle:
-            tensor: torch.Tensor = handle.get_slice(self.name)[position : position + 1]
-            return tensor
-
-    def on_meta(self) -> torch.Tensor:
-        """Its shape and dtype, for dry runs."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of some safetensors files, by name.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, or a dtype is unknown.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118  (no mapping)
-                view = handle.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise CheckpointError(
-                        f"{name} must have a known dtype, found {view.get_dtype()} in {file}; "
-                        "dequantise the checkpoint first."
-                    )
-                shape = tuple(view.get_shape())
-                tensors[name] = StoredTensor(name, file, DTYPES[view.get_dtype()], shape)
-    return tensors
-
-
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
-
-    Raises:
-        CheckpointError: no directory, no safetensors, or a shard that the index names is missing.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"A checkpoint must be a directory, found none at {directory}.")
-    index = directory / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} must be a JSON object with a weight_map, found {error!r}; copy it again."
-            ) from error
-        files = [directory / name for name in names]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise CheckpointError(
-                f"All {len(files)} shards of {directory} must be there, found {missing[0]} missing "
-                f"({len(missing)} in all); download it again."
-            )
-        return files
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
-    raise CheckpointError(
-        f"A checkpoint needs {SINGLE_FILE} or {INDEX_FILE}, found neither in {directory}; save it "
-        "with save_pretrained first if it is in another format."
-    )
-
-
-def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory, checked against its index.
-
-    Raises:
-        CheckpointError: see :func:`checkpoint_files` and :func:`read_headers`; or the index names
-            a tensor that its shard does not hold.
-    """
-    tensors = read_headers(checkpoint_files(directory))
-    index = directory / INDEX_FILE
-    if index.is_file():
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if name not in tensors or tensors[name].file.name != file:
-                raise CheckpointError(
-                    f"{file} must hold {name}, found it without; the shard and the index do not "
-                    "belong together, download them again."
-                )
-    return tensors
 
 
 @dataclass
@@ -158,6 +39,11 @@ class Target:
     name: str
     sources: dict[str, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
     converter: WeightConverter | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its sources are on this disk; of a repository of the Hub they need not be."""
+        return all(s.file.is_file() for stored in self.sources.values() for s in stored)
 
     def load(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Load and convert: the tensors of the model by name (several where one is split)."""
@@ -293,12 +179,14 @@ def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch
 def tied_names(model: PreTrainedModel, targets: dict[str, Target]) -> set[str]:
     """Tensors that are not stored, because another one has the same values.
 
-    A checkpoint may hold both, with different values; then transformers does not tie them.
+    A checkpoint may hold both, with different values; then transformers does not tie them. Of one
+    that is not downloaded yet that is not known.
     """
     return {
         name
         for name, base in (getattr(model, "all_tied_weights_keys", None) or {}).items()
         if name not in targets
+        or not (targets[name].is_here and targets[base].is_here)
         or torch.equal(targets[name].load(model)[name], targets[base].load(model)[base])
     }
 
@@ -311,22 +199,3 @@ def original_names(
 
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
     return reverted
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} must be there, found it missing; download it again."
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} must be a whole safetensors file, found {file.stat().st_size} bytes that are "
-            f"not ({error}); download it again."
-        ) from error
-
-
-def first_floating_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:
-    """What ``dtype="auto"`` takes where the configuration names none."""
-    return next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)

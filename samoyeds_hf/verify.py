@@ -16,17 +16,11 @@ from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, validate
 from samoyeds_hf.metrics import relative, squared_error
 from samoyeds_hf.patch import build_sparse, plan_model
-from samoyeds_hf.plan import load_config, meta_model, read_config
 from samoyeds_hf.report import format_table
 from samoyeds_hf.shards import ShardWriter, TensorSpec, disk_errors, plan_shards, write_index
-from samoyeds_hf.source import (
-    StoredTensor,
-    Target,
-    first_floating_dtype,
-    original_names,
-    plan_sources,
-    read_checkpoint,
-)
+from samoyeds_hf.skeleton import load_config, meta_model, read_config
+from samoyeds_hf.source import Target, original_names, plan_sources
+from samoyeds_hf.stored import StoredTensor, first_floating_dtype, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -182,12 +176,11 @@ def export_dense(
         shard_size,
     )
     home = {tensor.name: shard for shard in shards for tensor in shard.tensors}
-    bar = tqdm(total=len(names), desc="exporting", disable=not progress)
     with (
         growing_directory(
-            checkpoint.directory, destination, resume=False, overwrite=overwrite
+            checkpoint.directory, destination, resume=None, overwrite=overwrite
         ) as partial,
-        bar,
+        tqdm(total=len(names), desc="exporting", disable=not progress) as bar,
     ):
         for shard in shards:
             with ShardWriter(partial, shard) as writer:
@@ -224,6 +217,14 @@ def _open_source(source: Path, model: PreTrainedModel) -> dict[str, Target]:
             f"--against must be a dense checkpoint of the same model, found {plan.missing[0]} "
             f"missing in {source}."
         )
+    expected = model.state_dict()
+    for target in plan.targets.values():
+        for name, tensor in target.on_meta(model).items():
+            if tensor.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"--against must be a dense checkpoint of the same model, found {name} of "
+                    f"shape {list(tensor.shape)} in {source}, and not {list(expected[name].shape)}."
+                )
     return plan.targets
 
 
@@ -242,6 +243,7 @@ def _relative_error(
         one = SparseWeight(*(tensor[position] for tensor in stored))
         squared, total = squared_error(dense, one, pattern)
         error, norm = error + squared, norm + total
+        del dense  # before the next one is loaded
     return relative(error, norm)
 
 

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from samoyeds_hf.chunks import rows_per_chunk
 from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.pruning.projection import project
 
 if TYPE_CHECKING:
     from samoyeds_hf.config import SparsityPattern
-
-_CHUNK_ELEMENTS = 1 << 18  # temporaries that stay in the cache
 
 
 def magnitude_mask(
@@ -30,9 +29,9 @@ def magnitude_mask(
     pattern.check_fits(rows, k, name)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     flat_weight, flat_mask = weight.detach().reshape(-1, k), mask.view(-1, k)
-    rows_per_chunk = max(1, _CHUNK_ELEMENTS // (pattern.m * k)) * pattern.m
-    for start in range(0, flat_weight.shape[0], rows_per_chunk):
-        chunk = flat_weight[start : start + rows_per_chunk].to(torch.float32)
+    step = rows_per_chunk(pattern.m, k, weight.device)
+    for start in range(0, flat_weight.shape[0], step):
+        chunk = flat_weight[start : start + step].to(torch.float32)
         # max() hands on a NaN, and is much faster than isfinite() of everything.
         if not bool(torch.isfinite(chunk.abs().max())):
             row, column = (~torch.isfinite(chunk)).nonzero()[0].tolist()
@@ -41,5 +40,5 @@ def magnitude_mask(
                 f"{(start + row) % rows} of matrix {(start + row) // rows}, column {column}; "
                 "check the source checkpoint."
             )
-        flat_mask[start : start + rows_per_chunk] = project(chunk, pattern)
+        flat_mask[start : start + step] = project(chunk, pattern)
     return mask
