@@ -1,0 +1,121 @@
+"""Every command in README.md runs, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samoyeds_hf import cli
+from samoyeds_hf.autoload import OPT_OUT
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S))
+
+# They build an environment; what they run in it, tests/test_demo.py and all tests cover.
+SCRIPTS = ("scripts/demo.sh", "scripts/test.sh")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One working directory for all blocks, which sees the checkout as a user in a clone does."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("tests", "configs", "scripts"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The running Python's ``samoyeds``, wherever its scripts are."""
+    shim = tmp_path_factory.mktemp("bin") / "samoyeds"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m samoyeds_hf.cli "$@"\n')
+    shim.chmod(0o755)
+    return {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+def run_block(language: str, code: str, folder: Path, environment: dict[str, str]) -> str:
+    interpreters = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    done = subprocess.run(
+        [*interpreters[language], code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_all_blocks_run_in_order(folder: Path, environment: dict[str, str]) -> None:
+    pytest.importorskip("lm_eval", reason="the README evaluates, which needs the extra eval")
+    out = []
+    for language, code in BLOCKS:
+        lines = [line for line in code.splitlines() if not line.startswith(SCRIPTS)]
+        out.append(run_block(language, "\n".join(lines), folder, environment))
+    made = {path.name for path in folder.iterdir()} - {"tests", "configs", "scripts"}
+    assert made == {"tiny-sparse", "tiny-pruned", "tiny-again"}
+    everything = "\n".join(out)
+    for said in (
+        "12 sparse weights are valid",
+        "and equal the source's",
+        "acc_norm",
+        "experts run in",
+        "held-out perplexity",
+    ):
+        assert said in everything
+
+
+def test_only_known_languages() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+    assert len(BLOCKS) == README.count("\n```") / 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts(name: str) -> None:
+    script = REPOSITORY / name
+    assert any(line.startswith(name) for _, code in BLOCKS for line in code.splitlines())
+    assert script.stat().st_mode & stat.S_IXUSR
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text(encoding="utf-8")
+    assert {"scripts/demo.sh": 'samoyeds" demo "$@"', "scripts/test.sh": "-m pytest"}[name] in text
+
+
+def test_the_lm_eval_command_has_its_test() -> None:
+    assert "`lm_eval --model hf --model_args pretrained=tiny-sparse ...`" in README
+    tests = (REPOSITORY / "tests" / "test_evaluate.py").read_text(encoding="utf-8")
+    assert "def test_the_unmodified_lm_eval_command_gives_the_same_numbers(" in tests
+    assert '["--model_args", f"pretrained={sparse_dir}"' in tests
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
+def test_paths_exist() -> None:
+    paths = {text for text in INLINE if re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.\w+)", text)}
+    paths = {text for text in paths if text.endswith(("/", ".py", ".sh", ".md", ".yaml", ".json"))}
+    paths |= set(re.findall(r"\]\((?!http)([^)#]+)", README))
+    assert "samoyeds_hf/format.py" in paths
+    roots = (REPOSITORY, REPOSITORY / "samoyeds_hf")  # a table names siblings without the folder
+    missing = [path for path in paths if not any((root / path).exists() for root in roots)]
+    assert missing == []
+
+
+def test_options_and_variables_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {option for text in INLINE for option in re.findall(r"(?<!\S)--[a-z-]+", text)}
+    for command in ("plan", "convert", "check", "export-dense", "eval", "demo"):
+        with pytest.raises(SystemExit):
+            cli.app([command, "--help"])
+        options -= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert options - {"--model", "--model_args", "--model_"} == set()  # of lm_eval
+    assert set(re.findall(r"SAMOYEDS_\w+", README)) == {OPT_OUT}
