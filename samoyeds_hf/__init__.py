@@ -12,7 +12,6 @@ from samoyeds_hf import autoload
 
 if TYPE_CHECKING:
     from samoyeds_hf.config import SamoyedsConfig as SamoyedsConfig
-    from samoyeds_hf.config import SparsityPattern as SparsityPattern
     from samoyeds_hf.errors import SamoyedsError as SamoyedsError
     from samoyeds_hf.experts import SamoyedsExperts as SamoyedsExperts
     from samoyeds_hf.experts import SamoyedsLinear as SamoyedsLinear
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from samoyeds_hf.format import validate as validate
     from samoyeds_hf.patch import patch_model as patch_model
     from samoyeds_hf.patch import unpatch_model as unpatch_model
+    from samoyeds_hf.pattern import SparsityPattern as SparsityPattern
     from samoyeds_hf.report import PatchReport as PatchReport
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "SparsityPattern": "config",
+    "SparsityPattern": "pattern",
     "SamoyedsConfig": "config",
     "SamoyedsError": "errors",
     "SamoyedsExperts": "experts",

@@ -51,14 +51,8 @@ def arm() -> None:
     if not _is_armed():
         sys.meta_path.insert(0, _AfterImport())
     for name in _HOOKS:
-        module = sys.modules.get(name)
-        spec = getattr(module, "__spec__", None)
-        if module is None:
-            continue
-        if type(spec) is ModuleSpec and getattr(spec, "_initializing", False):
-            # It is this module that imports torch, and torch that called us.
-            spec.__class__ = _RunningSpec
-        else:
+        # A module that is still running may be the one that imports torch, which called us.
+        if name in sys.modules and not _is_postponed(name):
             _call(name)
 
 
@@ -68,7 +62,31 @@ def _is_armed() -> bool:
 
 def _call(name: str) -> None:
     home, function = _HOOKS[name]
-    getattr(importlib.import_module(home), function)()
+    if not _is_postponed(home):
+        getattr(importlib.import_module(home), function)()
+
+
+def _call_or_warn(name: str) -> None:
+    try:
+        _call(name)
+    except Exception as error:
+        # NOTE: raising here would break transformers for programs that never use this package.
+        warnings.warn(
+            f"samoyeds_hf could not register with transformers, so sparse checkpoints will not "
+            f"load: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_postponed(name: str) -> bool:
+    """Whether a module is being executed right now; if so, all is done when that is over."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        return False
+    if type(spec) is ModuleSpec:
+        spec.__class__ = _RunningSpec
+    return True
 
 
 class _AfterImport(MetaPathFinder):
@@ -104,7 +122,9 @@ class _RunningSpec(ModuleSpec):
         self.__class__ = ModuleSpec  # type: ignore[assignment]
         vars(self)["_initializing"] = value
         if self.name in sys.modules:  # else it failed
-            _call(self.name)
+            for name in _HOOKS:
+                if name in sys.modules and not _is_postponed(name):
+                    _call_or_warn(name)
 
 
 class _CallingLoader(Loader):
@@ -117,16 +137,7 @@ class _CallingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        try:
-            _call(self.name)
-        except Exception as error:
-            # NOTE: raising here would break transformers for programs that never use this package.
-            warnings.warn(
-                f"samoyeds_hf could not register with transformers, so sparse checkpoints will not "
-                f"load: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _call_or_warn(self.name)
 
     def __getattr__(self, name: str) -> object:
         # Tools ask a loader for its source, file name or resources.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import samoyeds_hf
 from samoyeds_hf.card import write_card
+from samoyeds_hf.compress import compress_matrix
 from samoyeds_hf.config import SamoyedsConfig
 from samoyeds_hf.directory import (
     REPORT_FILE,
@@ -32,7 +33,6 @@ from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
-from samoyeds_hf.patch import compress_matrix
 from samoyeds_hf.plan import ConversionPlan, Unit, plan_conversion
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.shards import ShardSpec, ShardWriter, disk_errors, write_index, write_text
@@ -218,7 +218,7 @@ def _finish(plan: ConversionPlan, directory: Path, source: str, state: _State) -
         for entry in entries
     }
     ordered = tuple(by_name[name] for name in plan.patterns)
-    report = PatchReport(ordered, plan.patch.skipped, plan.config.method)
+    report = PatchReport(ordered, plan.selection.skipped, plan.config.method)
     write_index(directory, plan.shards)
     found = {name: (t.dtype, t.shape) for name, t in read_checkpoint(directory).items()}
     wanted = {t.name: (t.dtype, t.shape) for shard in plan.shards for t in shard.tensors}

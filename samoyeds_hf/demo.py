@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samoyeds_hf.config import SamoyedsConfig, SparsityPattern
+from samoyeds_hf.config import SamoyedsConfig
 from samoyeds_hf.convert import convert_checkpoint
 from samoyeds_hf.errors import SamoyedsError
 from samoyeds_hf.hub import resolve_source
+from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.report import format_bytes, format_table
 from samoyeds_hf.resources import demo_model
 

@@ -52,7 +52,7 @@ def describe() -> str:
 
 
 def _format_version() -> int:
-    from samoyeds_hf.config import FORMAT_VERSION
+    from samoyeds_hf.format import FORMAT_VERSION
 
     return FORMAT_VERSION
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
 from samoyeds_hf import ops
-from samoyeds_hf.config import SparsityPattern
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, stored_shapes
+from samoyeds_hf.pattern import SparsityPattern
 
-__all__ = ["SamoyedsExperts", "SamoyedsLinear", "SparseModule"]
+__all__ = ["SamoyedsExperts", "SamoyedsLinear", "SparseModule", "build_sparse"]
 
 
 class SparseModule(nn.Module):
@@ -139,6 +139,13 @@ class SamoyedsLinear(SparseModule):
         """Sizes and pattern, as ``print(model)`` shows them."""
         pattern = describe(self.patterns["weight"])
         return f"in_features={self.in_features}, out_features={self.out_features}, {pattern}"
+
+
+def build_sparse(dense: nn.Module, patterns: Mapping[str, SparsityPattern]) -> SparseModule:
+    """The sparse module that takes a dense one's place, still without weights (on meta)."""
+    if isinstance(dense, nn.Linear):
+        return SamoyedsLinear(dense, patterns)
+    return SamoyedsExperts(dense, patterns)
 
 
 def describe(pattern: SparsityPattern) -> str:

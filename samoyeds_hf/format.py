@@ -41,8 +41,8 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from samoyeds_hf.chunks import rows_per_chunk
-from samoyeds_hf.config import FORMAT_VERSION, GROUP, KEPT_PER_GROUP, MAX_M, SparsityPattern
 from samoyeds_hf.errors import FormatError
+from samoyeds_hf.pattern import GROUP, KEPT_PER_GROUP, MAX_M, SparsityPattern
 
 __all__ = [
     "FORMAT_VERSION",
@@ -58,6 +58,7 @@ __all__ = [
     "validate",
 ]
 
+FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SUFFIXES = ("", "_meta", "_index")  # of a tensor's name, in the order of SparseWeight
 VALID_NIBBLES = (4, 8, 9, 12, 13, 14)  # i0 | i1 << 2 for i0 < i1

@@ -16,14 +16,16 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from samoyeds_hf.checkpoint import check_dense, check_sparse
+from samoyeds_hf.compress import compress
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.environment import announce_path
 from samoyeds_hf.errors import SamoyedsError, UnsupportedModelError
-from samoyeds_hf.experts import SparseModule
+from samoyeds_hf.experts import SparseModule, build_sparse
 from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.models import FUSED
-from samoyeds_hf.patch import PatchPlan, build_sparse, compress, plan_model, unpatch_model
+from samoyeds_hf.patch import unpatch_model
 from samoyeds_hf.report import PatchReport, WeightReport
+from samoyeds_hf.selection import Selection, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,14 +41,14 @@ class SamoyedsHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SamoyedsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.plan: PatchPlan | None = None
+        self.selection: Selection | None = None
         self.reports: list[WeightReport] = []
         self.error: SamoyedsError | None = None  # the first one while weights were pruned
 
     @property
     def report(self) -> PatchReport:
         """What was pruned while loading; empty for a checkpoint that was already sparse."""
-        skipped = self.plan.skipped if self.plan else ()
+        skipped = self.selection.skipped if self.selection else ()
         return PatchReport(tuple(self.reports), skipped, self.quantization_config.method)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -68,26 +70,29 @@ class SamoyedsHfQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
-        plan = plan_model(model, self.quantization_config)
+        selection = select(model, self.quantization_config)
         files = [Path(file) for file in checkpoint_files or ()]
         if not self.pre_quantized:
-            check_dense(model, files, set(plan.targets()))
-        for assignment in plan.assignments:
+            check_dense(model, files, set(selection.targets))
+        for assignment in selection.assignments:
             dense = model.get_submodule(assignment.site.name)
-            model.set_submodule(assignment.site.name, build_sparse(dense, assignment))
+            model.set_submodule(assignment.site.name, build_sparse(dense, assignment.patterns))
         if self.pre_quantized:
             with torch.device("cpu"):  # models are built under torch.device("meta")
                 check_sparse(model, files)
-        self.plan = plan
+        self.selection = selection
+        # transformers calls this for its plans from 5.21 on. NOTE: the plan in the configuration,
+        # which older releases offer to change, would be saved with the model.
+        self.update_parallel_plan(model, getattr(model, "_ep_plan", None) or {})
         return model
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         """Whether this is a dense weight that becomes sparse while it loads."""
-        if self.pre_quantized or self.plan is None:
+        if self.pre_quantized or self.selection is None:
             return False
-        return param_name in self.plan.targets()
+        return param_name in self.selection.targets
 
     def get_quantize_ops(self) -> ConversionOps:
         """The last step of a weight's conversion: prune and encode."""
@@ -113,25 +118,15 @@ class SamoyedsHfQuantizer(HfQuantizer):
         model.hf_quantizer = self  # the caller removes it
         return model.to(dtype) if dtype is not None else model
 
-    def update_tp_plan(self, config: Any) -> Any:
-        """Before transformers 5.21: see :meth:`update_parallel_plan`."""
-        return config
-
-    def update_ep_plan(self, config: Any) -> Any:
-        """Before transformers 5.21: meta and index are split over the ranks like their values."""
-        if plan := getattr(config, "base_model_ep_plan", None):
-            config.base_model_ep_plan = _with_companions(plan)
-        return config
-
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """From transformers 5.21: meta and index are split over the ranks like their values.
+        """Meta and index are split over the ranks like their values; changes the plan in place.
 
         Sparse shared experts are held whole by every rank; the tensor-parallel rules around them
         would cut into blocks.
         """
         whole = {
             re.sub(r"\.\d+(?=\.|$)", ".*", assignment.site.group)
-            for assignment in (self.plan.assignments if self.plan else ())
+            for assignment in (self.selection.assignments if self.selection else ())
             if assignment.site.kind != FUSED
         }
         for key in [key for key in plan if any(key.startswith(f"{group}.") for group in whole)]:
@@ -163,17 +158,17 @@ class SamoyedsEncode(ConversionOps):
         self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         """``{name: dense}`` to ``{name, name_meta, name_index}``."""
-        plan = self.quantizer.plan
+        selection = self.quantizer.selection
         encoded: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             target = full_layer_name if len(input_dict) == 1 else name
-            if plan is None or target not in plan.targets():
+            if selection is None or target not in selection.targets:
                 encoded[name] = dense
                 continue
             method = self.quantizer.quantization_config.method
             try:
-                stored, report = compress(dense, plan.targets()[target], method, target)
+                stored, report = compress(dense, selection.targets[target], method, target)
             except SamoyedsError as error:
                 # Raised here, transformers would bury it in a log and raise one of its own.
                 self.quantizer.error = self.quantizer.error or error

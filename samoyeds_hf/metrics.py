@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from samoyeds_hf.chunks import rows_per_chunk
-from samoyeds_hf.config import SparsityPattern
 from samoyeds_hf.format import SparseWeight, decode
+from samoyeds_hf.pattern import SparsityPattern
 
 
 def squared_error(

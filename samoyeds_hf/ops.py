@@ -23,8 +23,8 @@ from functools import lru_cache
 import torch
 
 from samoyeds_hf import reference
-from samoyeds_hf.config import SparsityPattern
 from samoyeds_hf.format import VALUE_DTYPES, SparseWeight, decode, stored_shapes
+from samoyeds_hf.pattern import SparsityPattern
 
 __all__ = ["linear", "moe_down", "moe_mlp", "moe_up"]
 
@@ -125,7 +125,7 @@ def moe_down(
     weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
     _check_down(inner, top_k_index, top_k_weights, weight, parsed)
     rows = reference.grouped_linear(inner, top_k_index.reshape(-1), weight, parsed, 1)
-    return reference.combine(rows, top_k_weights)
+    return reference.combine(rows, top_k_index, top_k_weights, values.shape[0])
 
 
 @moe_down.register_fake

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samoyeds_hf.config import SamoyedsConfig, SparsityPattern
+from samoyeds_hf.config import SamoyedsConfig
 from samoyeds_hf.directory import partial_of
 from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES, VALUE_DTYPES, stored_shapes
 from samoyeds_hf.hub import open_source
-from samoyeds_hf.patch import PatchPlan, plan_model
+from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.report import format_bytes, format_table
+from samoyeds_hf.selection import Selection, select
 from samoyeds_hf.shards import ShardSpec, TensorSpec, plan_shards
 from samoyeds_hf.skeleton import load_config, meta_model
 from samoyeds_hf.source import Target, loaded_dtypes, plan_sources, tied_names
@@ -64,7 +65,7 @@ class ConversionPlan:
     config: SamoyedsConfig
     model_config: PreTrainedConfig
     model: PreTrainedModel  # dense, on meta
-    patch: PatchPlan
+    selection: Selection
     units: tuple[Unit, ...]
     shards: tuple[ShardSpec, ...]
     unused: tuple[str, ...]  # tensors of the source that the model does not have
@@ -72,7 +73,7 @@ class ConversionPlan:
     @property
     def patterns(self) -> dict[str, SparsityPattern]:
         """Pattern of each dense weight that becomes sparse."""
-        return self.patch.targets()
+        return self.selection.targets
 
     @property
     def bytes_before(self) -> int:
@@ -132,7 +133,7 @@ class ConversionPlan:
             f"peak memory {format_bytes(self.peak_memory)} of tensors, disk need "
             f"{format_bytes(self.disk_need)}",
         ]
-        text += [f"left dense: {skip.name}: {skip.reason}" for skip in self.patch.skipped]
+        text += [f"left dense: {skip.name}: {skip.reason}" for skip in self.selection.skipped]
         if self.unused:
             text.append(
                 f"dropped: {len(self.unused)} tensors that the model does not have, such as "
@@ -184,7 +185,7 @@ def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int)
         tensors = read_checkpoint(directory)
     dtype = model_config.dtype or first_floating_dtype(list(tensors.values()))
     model = meta_model(model_config, dtype)
-    patch = plan_model(model, config)
+    selection = select(model, config)
     sources = plan_sources(model, tensors)
     if sources.missing:
         raise CheckpointError(
@@ -198,7 +199,7 @@ def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int)
         for target in sources.targets.values()
         if (unit := _plan_unit(target, model, dtypes, tied)) is not None
     )
-    patterns = patch.targets()
+    patterns = selection.targets
     # A unit is written at once, so what it makes lies in one shard.
     groups = [
         [out for spec in unit.outputs.values() for out in outputs_of(spec, patterns)]
@@ -209,7 +210,7 @@ def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int)
         config=config,
         model_config=model_config,
         model=model,
-        patch=patch,
+        selection=selection,
         units=units,
         shards=tuple(plan_shards(groups, shard_size)),
         unused=tuple(sources.unused),

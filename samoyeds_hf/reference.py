@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from samoyeds_hf.config import SparsityPattern
 from samoyeds_hf.format import SparseWeight, decode
+from samoyeds_hf.pattern import SparsityPattern
 
 
 def grouped_linear(
@@ -46,14 +46,18 @@ def grouped_linear(
 
 def combine(
     rows: torch.Tensor,  # [T*K, H]
+    top_k_index: torch.Tensor,  # [T, K]
     top_k_weights: torch.Tensor,  # [T, K]
+    num_experts: int,
 ) -> torch.Tensor:
     """Sum over K, in order and in fp32, of each token's rows times their routing weights."""
     num_tokens, top_k = top_k_weights.shape
+    is_mine = (top_k_index >= 0) & (top_k_index < num_experts)
+    weights = torch.where(is_mine, top_k_weights.float(), 0)
     by_choice = rows.view(num_tokens, top_k, rows.shape[-1])
     total = torch.zeros(num_tokens, rows.shape[-1], dtype=torch.float32, device=rows.device)
     for choice in range(top_k):
-        total += by_choice[:, choice].float() * top_k_weights[:, choice, None].float()
+        total += by_choice[:, choice].float() * weights[:, choice, None]
     return total.to(rows.dtype)
 
 
@@ -72,7 +76,7 @@ def moe_mlp(
     gate, up = both.chunk(2, dim=-1)
     inner = functional.silu(gate) * up
     rows = grouped_linear(inner, expert_of_row, down, down_pattern, 1)
-    return combine(rows, top_k_weights)
+    return combine(rows, top_k_index, top_k_weights, down.values.shape[0])
 
 
 def _dense_expert(weight: SparseWeight, expert: int, pattern: SparsityPattern) -> torch.Tensor:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig, SparsityPattern
+from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.directory import copy_companions, growing_directory
 from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
+from samoyeds_hf.experts import build_sparse
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, validate
 from samoyeds_hf.metrics import relative, squared_error
-from samoyeds_hf.patch import build_sparse, plan_model
+from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.report import format_table
+from samoyeds_hf.selection import select
 from samoyeds_hf.shards import ShardWriter, TensorSpec, disk_errors, plan_shards, write_index
 from samoyeds_hf.skeleton import load_config, meta_model, read_config
 from samoyeds_hf.source import Target, original_names, plan_sources
@@ -49,17 +51,18 @@ class SparseCheckpoint:
         tensors = read_checkpoint(directory)
         dtype = model_config.dtype or first_floating_dtype(list(tensors.values()))
         model, sparse = meta_model(model_config, dtype), meta_model(model_config, dtype)
-        plan = plan_model(sparse, config)
-        for assignment in plan.assignments:
+        selection = select(sparse, config)
+        for assignment in selection.assignments:
             name = assignment.site.name
-            sparse.set_submodule(name, build_sparse(sparse.get_submodule(name), assignment))
+            dense = sparse.get_submodule(name)
+            sparse.set_submodule(name, build_sparse(dense, assignment.patterns))
         sources = plan_sources(sparse, tensors)
         if sources.missing:
             raise CheckpointError(
                 f"A sparse checkpoint must be complete, found {sources.missing[0]} missing "
                 f"({len(sources.missing)} in all); convert the model again."
             )
-        return cls(directory, model_config, model, plan.targets(), sources.targets)
+        return cls(directory, model_config, model, selection.targets, sources.targets)
 
     def stored(self, name: str) -> tuple[StoredTensor, ...]:
         """The stored values, meta and index of a sparse weight, not loaded."""

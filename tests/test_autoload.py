@@ -123,26 +123,19 @@ def test_from_pretrained_needs_no_import(site: Path, models: dict[str, Path]) ->
     assert outcomes(LOAD, site, models) == ["same"] * len(models)
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"SAMOYEDS_HF_AUTOLOAD": "0"}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}],
-    ids=["our variable", "torch's variable"],
-)
-def test_turned_off_stops_with_an_error(
-    environment: dict[str, str], site: Path, models: dict[str, Path]
-) -> None:
+def test_turned_off_stops_with_an_error(site: Path, models: dict[str, Path]) -> None:
     """Plain transformers must stop at the shapes, never run on experts it made up."""
-    for outcome in outcomes(LOAD, site, models, **environment):
-        assert "ignore_mismatched_sizes" in outcome
+    for outcome in outcomes(LOAD, site, models, SAMOYEDS_HF_AUTOLOAD="0"):
         assert outcome.startswith("RuntimeError")
+        assert "ignore_mismatched_sizes" in outcome
     # An import of the user's own still registers.
-    assert outcomes("import samoyeds_hf\n" + LOAD, site, models, **environment) == ["same"] * len(
-        models
-    )
+    imported = outcomes("import samoyeds_hf\n" + LOAD, site, models, SAMOYEDS_HF_AUTOLOAD="0")
+    assert imported == ["same"] * len(models)
 
 
 def test_without_the_package_stops_with_an_error(models: dict[str, Path]) -> None:
     hidden = "import sys; sys.modules['samoyeds_hf'] = None\n"
+    # torch's own variable, so that an installed copy's entry point is not looked for either
     for outcome in outcomes(hidden + LOAD, None, models, TORCH_DEVICE_BACKEND_AUTOLOAD="0"):
         assert outcome.startswith("RuntimeError")
         assert "ignore_mismatched_sizes" in outcome
@@ -184,11 +177,8 @@ REGISTERED = (
         # transformers' modules import torch while they run: torch calls us in the middle of them
         ("from transformers.quantizers.auto import AutoHfQuantizer", {}),
         ("from transformers import AutoConfig; AutoConfig.for_model('deepseek')", {}),
-        ("from transformers.models.auto.modeling_auto import AutoModelForCausalLM", {}),
-        ("import torch, transformers", {}),
-        ("import samoyeds_hf, transformers, torch", {}),
+        ("import samoyeds_hf, torch, transformers", {}),
         ("import samoyeds_hf.hf", {}),
-        ("from samoyeds_hf import SamoyedsConfig", {"SAMOYEDS_HF_AUTOLOAD": "0"}),
         (
             "from transformers import AutoModelForCausalLM, AutoConfig, AutoTokenizer\n"
             "import transformers.quantizers.auto, samoyeds_hf",
@@ -203,11 +193,8 @@ REGISTERED = (
     ids=[
         "quantizers first",
         "AutoConfig alone",
-        "modeling_auto first",
-        "torch first",
         "samoyeds_hf first",
         "a submodule",
-        "turned off, then imported first",
         "turned off, then imported last",
         "armed three times",
     ],

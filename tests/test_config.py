@@ -212,12 +212,14 @@ def test_is_read_only():
 
 def test_first_matching_override_wins():
     config = SamoyedsConfig(overrides={"a.*": "2:4", ".*b": "dense", "a": "1:2:32"})
-    assert config.override_for("ab") == "a.*"
-    assert config.override_for("a") == "a.*"
-    assert config.override_for("bb") == ".*b"
-    assert config.override_for("bbc") is None  # the whole name must match
+    assert config.overrides_for("ab") == ["a.*", ".*b"]
+    assert config.overrides_for("a") == ["a.*", "a"]
+    assert config.overrides_for("bb") == [".*b"]
+    assert config.overrides_for("bbc") == []  # the whole name must match
+    # The order of the overrides decides, not that of the names: module, then projection.
+    assert config.overrides_for("bb", "a") == ["a.*", ".*b", "a"]
     turned = SamoyedsConfig(overrides=list(reversed(config.to_dict()["overrides"])))
-    assert turned.override_for("a") == "a"
+    assert turned.overrides_for("a") == ["a", "a.*"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from samoyeds_hf import SamoyedsConfig
 from samoyeds_hf.directory import REPORT_FILE
 from samoyeds_hf.errors import UnsupportedModelError
 from samoyeds_hf.plan import plan_conversion
+from samoyeds_hf.source import Target
+from samoyeds_hf.verify import check_checkpoint
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 QWEN2, DEEPSEEK_V3 = BY_NAME["qwen2_moe"], BY_NAME["deepseek_v3"]
@@ -197,6 +199,22 @@ def test_experts_in_a_list(toy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+def test_experts_that_cannot_be_read_one_by_one(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No family of today is like that; then a fused weight is loaded whole."""
+    source = save_dense(MIXTRAL, tmp_path / "dense", save_original_format=layout == "hub")
+    by_expert = plan_conversion(source, CONFIG, 10**9).peak_memory
+    monkeypatch.setattr(Target, "is_by_expert", property(lambda target: False))
+    assert plan_conversion(source, CONFIG, 10**9).peak_memory > by_expert
+    assert_converts(source, tmp_path)
+    report = check_checkpoint(tmp_path / "converted", source, progress=False)
+    stored = json.loads((tmp_path / "converted" / REPORT_FILE).read_text())["weights"]
+    for name, *_, error in report.rows:
+        assert error == pytest.approx(next(w["error"] for w in stored if w["name"] == name))
+
+
 # --- what comes along -------------------------------------------------------------------------
 
 README = """\
@@ -316,6 +334,8 @@ torch.set_num_threads(1)
 import samoyeds_hf
 from samoyeds_hf.convert import convert_checkpoint
 from samoyeds_hf.plan import plan_conversion
+from samoyeds_hf.source import Target
+from samoyeds_hf.verify import check_checkpoint
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 source, warm, out = map(Path, sys.argv[1:4])

@@ -18,7 +18,7 @@ from tiny_models import MIXTRAL
 
 import samoyeds_hf
 from samoyeds_hf import environment
-from samoyeds_hf.config import FORMAT_VERSION
+from samoyeds_hf.format import FORMAT_VERSION
 
 
 def described() -> dict[str, str]:

@@ -281,6 +281,14 @@ def test_encode_refuses_bad_mask(change, message, chunk):
     assert str(error.value).endswith("project the mask to 2:4:8 first.")
 
 
+def test_encode_refuses_counts_that_only_cancel():
+    """As many elements as there should be, and a first group that looks right."""
+    mask = torch.tensor([[0] * 16, [1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 1]]).bool()
+    message = "found 3 in matrix 0, row 1, columns from 4;"
+    with pytest.raises(FormatError, match=message):
+        encode(torch.zeros(2, 16), mask, SparsityPattern(1, 2, 16))
+
+
 @given(st.integers(0, 2 * 8 * 16 - 1), st.integers(0, 1 << 30))
 @settings(max_examples=50)
 def test_encode_refuses_any_flipped_bit(place, seed):

@@ -14,7 +14,7 @@ import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig, SamoyedsExperts, SamoyedsLinear
 from samoyeds_hf.errors import PatternError, UnsupportedModelError
 from samoyeds_hf.models import FUSED, LISTED, SHARED, survey
-from samoyeds_hf.patch import plan_model
+from samoyeds_hf.selection import select
 
 _SMALL = {
     "vocab_size": 128,
@@ -158,12 +158,12 @@ def test_refused(
 ) -> None:
     refused = on_meta(model, config, **settings)
     with pytest.raises(UnsupportedModelError) as error:
-        plan_model(refused, SamoyedsConfig(PATTERN))
+        select(refused, SamoyedsConfig(PATTERN))
     assert place in str(error.value)
     assert reason in str(error.value)
     # With strict=False nothing is left to do here, which is an error as well.
     with pytest.raises(UnsupportedModelError, match="found none in"):
-        plan_model(refused, SamoyedsConfig(PATTERN, strict=False))
+        select(refused, SamoyedsConfig(PATTERN, strict=False))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_refused_by_flag(flag: str, value: object, reason: str) -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"first model\.layers\.1\.mlp\.experts: Mixtral"
     ):
-        plan_model(model, SamoyedsConfig(PATTERN))
-    plan = plan_model(model, SamoyedsConfig(PATTERN, strict=False))
+        select(model, SamoyedsConfig(PATTERN))
+    plan = select(model, SamoyedsConfig(PATTERN, strict=False))
     assert [assignment.site.name for assignment in plan.assignments] == [
         "model.layers.0.mlp.experts"
     ]
@@ -223,13 +223,13 @@ def test_refused_by_contents(change: Any, reason: str) -> None:
     model = MIXTRAL.make()
     change(model.model.layers[0].mlp.experts)
     with pytest.raises(UnsupportedModelError, match=reason):
-        plan_model(model, SamoyedsConfig(PATTERN))
+        select(model, SamoyedsConfig(PATTERN))
 
 
 def test_dense_model_is_an_error() -> None:
     model = on_meta("LlamaForCausalLM", "LlamaConfig", **_SMALL)
     with pytest.raises(UnsupportedModelError, match="found none in LlamaForCausalLM"):
-        plan_model(model, SamoyedsConfig(PATTERN))
+        select(model, SamoyedsConfig(PATTERN))
 
 
 def test_convolutions_are_not_experts() -> None:
@@ -288,15 +288,15 @@ def test_shared_experts_alone() -> None:
 
 def test_model_without_shared_experts() -> None:
     with pytest.raises(UnsupportedModelError, match="with shared_experts, found none in Mixtral"):
-        plan_model(MIXTRAL.make(), SamoyedsConfig(PATTERN, modules=["shared_experts"]))
+        select(MIXTRAL.make(), SamoyedsConfig(PATTERN, modules=["shared_experts"]))
 
 
 def test_unknown_shared_expert_is_refused_by_name() -> None:
     model = BY_NAME["minimax_m3"].make()  # its gate and up are one Linear
     config = SamoyedsConfig(PATTERN, modules=["experts", "shared_experts"])
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.shared_experts: MiniMaxM3"):
-        plan_model(model, config)
-    plan = plan_model(model, SamoyedsConfig(PATTERN, modules=config.modules, strict=False))
+        select(model, config)
+    plan = select(model, SamoyedsConfig(PATTERN, modules=config.modules, strict=False))
     assert len(plan.assignments) == 2
     assert [skip.name for skip in plan.skipped] == [
         f"model.layers.{layer}.mlp.shared_experts" for layer in (0, 1)

@@ -210,6 +210,9 @@ def test_sentinel_belongs_to_no_expert(sentinel):
     exact = layer.loops(torch.float64, top_k_index=index)
     assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
     assert_same_bits(ours[3], torch.zeros(64))
+    # not even a routing weight that is no number
+    unread = layer.top_k_weights.masked_fill(index == sentinel, float("nan"))
+    assert_same_bits(layer.mlp(**changed, top_k_weights=unread), ours)
 
     # the same as a weight of zero for an expert that is here
     weights = layer.top_k_weights.masked_fill(index == sentinel, 0)

@@ -183,13 +183,17 @@ def patterns_in(model: PreTrainedModel) -> dict[str, str]:
         ({r".*layers\.1\..*": "2:4"}, [PATTERN, PATTERN, "2:4", "2:4"]),
         ({r".*down_proj": "1:4:16"}, [PATTERN, "1:4:16", PATTERN, "1:4:16"]),
         ({r"model\.layers\.0\.mlp\.experts": "dense"}, [None, None, PATTERN, PATTERN]),
-        # The name of a weight goes before the name of its module, then the first regex wins.
+        # The first regex wins, whether it matches the weight's name or its module's.
         (
-            {r".*\.1\.mlp\.experts": "2:4", r".*\.1\..*down_proj": "1:4:16"},
+            {r".*\.1\..*down_proj": "1:4:16", r".*\.1\.mlp\.experts": "2:4"},
             [PATTERN, PATTERN, "2:4", "1:4:16"],
         ),
+        (
+            {r".*\.1\.mlp\.experts": "2:4", r".*down_proj": "1:4:16"},
+            [PATTERN, "1:4:16", "2:4", "2:4"],
+        ),
     ],
-    ids=["none", "a layer", "a projection", "a dense layer", "both"],
+    ids=["none", "a layer", "a projection", "a dense layer", "projection first", "module first"],
 )
 def test_overrides(overrides: dict[str, str], expected: list[str | None]) -> None:
     model = MIXTRAL.make()

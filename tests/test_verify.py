@@ -231,7 +231,7 @@ def test_a_pattern_that_the_tensors_do_not_have(
 
 @pytest.mark.parametrize(
     ("changes", "part"),
-    [({"format_version": 2}, "upgrade samoyeds-hf"), ({"patern": "1:2:16"}, "did you mean")],
+    [({"format_version": 2}, "upgrade samoyeds-hf"), ({"patterns": "1:2:16"}, "did you mean")],
 )
 def test_a_configuration_that_is_not_known(
     changes: dict[str, object], part: str, sparse: Path

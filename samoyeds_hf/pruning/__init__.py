@@ -10,7 +10,7 @@ from samoyeds_hf.pruning.magnitude import magnitude_mask
 if TYPE_CHECKING:
     import torch
 
-    from samoyeds_hf.config import SparsityPattern
+    from samoyeds_hf.pattern import SparsityPattern
 
     # (weight [..., m, k], pattern, name) -> mask [..., m, k] bool
     Method = Callable[[torch.Tensor, SparsityPattern, str], torch.Tensor]

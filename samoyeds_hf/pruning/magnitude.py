@@ -11,7 +11,7 @@ from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.pruning.projection import project
 
 if TYPE_CHECKING:
-    from samoyeds_hf.config import SparsityPattern
+    from samoyeds_hf.pattern import SparsityPattern
 
 
 def magnitude_mask(

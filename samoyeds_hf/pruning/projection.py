@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from samoyeds_hf.config import SparsityPattern
+    from samoyeds_hf.pattern import SparsityPattern
 
 _GROUP = 4
 
