@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench_encode import machine, memory_of_process
+from bench_encode import memory_of_process
+from record import machine
 from safetensors.torch import save_file
 
 from samoyeds_hf import SamoyedsConfig

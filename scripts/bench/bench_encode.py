@@ -15,13 +15,13 @@ import argparse
 import csv
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from record import machine
 
 from samoyeds_hf import SparsityPattern, decode, encode, validate
 from samoyeds_hf.pruning.magnitude import magnitude_mask
@@ -103,20 +103,6 @@ def measure_peak(shape: Shape, pattern: SparsityPattern, threads: int) -> float:
         [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
     )
     return float(done.stdout)
-
-
-def machine() -> dict[str, str | int]:
-    """What a reader needs to judge the numbers."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count() or 1,
-        "torch": torch.__version__,
-        "commit": commit or "uncommitted",
-    }
 
 
 def bench(

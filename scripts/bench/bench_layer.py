@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from record import machine
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -110,24 +109,9 @@ def measure(name: str, tokens: list[int], pattern: SparsityPattern, device: str)
     return rows
 
 
-def machine(device: str) -> dict[str, str]:
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line for line in lines if line.startswith("model name")), platform.processor()
-        )
-        processor = f"{model.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "device": processor,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+def where(device: str) -> dict[str, str | int]:
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {**gpu, **machine(), "transformers": transformers.__version__}
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -156,9 +140,9 @@ def main() -> None:
     pattern = SparsityPattern.parse(arguments.pattern)
     with torch.no_grad():
         rows = measure(arguments.model, arguments.tokens, pattern, arguments.device)
-    where = machine(arguments.device)
+    columns = where(arguments.device)
     out = arguments.out or RESULTS / f"layer_{arguments.device}.csv"
-    write([{**row, **where} for row in rows], out)
+    write([{**row, **columns} for row in rows], out)
 
 
 if __name__ == "__main__":
