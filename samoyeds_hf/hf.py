@@ -19,7 +19,7 @@ from samoyeds_hf.checkpoint import check_dense, check_sparse
 from samoyeds_hf.compress import compress
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.environment import announce_path
-from samoyeds_hf.errors import SamoyedsError, UnsupportedModelError
+from samoyeds_hf.errors import CheckpointError, SamoyedsError, UnsupportedModelError
 from samoyeds_hf.experts import SparseModule, build_sparse
 from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.models import FUSED
@@ -155,7 +155,11 @@ class SamoyedsEncode(ConversionOps):
         self.quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """``{name: dense}`` to ``{name, name_meta, name_index}``."""
         selection = self.quantizer.selection
@@ -168,6 +172,7 @@ class SamoyedsEncode(ConversionOps):
                 continue
             method = self.quantizer.quantization_config.method
             try:
+                _check_converted(model, target, dense)
                 stored, report = compress(dense, selection.targets[target], method, target)
             except SamoyedsError as error:
                 # Raised here, transformers would bury it in a log and raise one of its own.
@@ -176,6 +181,21 @@ class SamoyedsEncode(ConversionOps):
             self.quantizer.reports.append(report)
             encoded.update({target + suffix: t for suffix, t in zip(SUFFIXES, stored, strict=True)})
         return encoded
+
+
+def _check_converted(model: PreTrainedModel, name: str, dense: torch.Tensor) -> None:
+    """Refuse what transformers turned the wrong way.
+
+    Its conversion of Qwen3-VL-MoE asks the model's parameter whether to transpose, and finds a
+    sparse one there. Only the first dimension may differ: expert parallel splits it.
+    """
+    module, _, weight = name.rpartition(".")
+    expected = model.get_submodule(module).dense_shape(weight)
+    if dense.shape[-2:] != expected[-2:]:
+        raise CheckpointError(
+            f"{name} must have shape {list(expected)}, found {list(dense.shape)} after conversion; "
+            "load the dense model and call patch_model, or use 'samoyeds convert'."
+        )
 
 
 def _with_companions(plan: dict[str, str]) -> dict[str, str]:

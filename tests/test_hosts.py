@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -366,7 +367,10 @@ def test_what_the_host_cannot_honour_is_refused(
 
 def run_python(code: str) -> str:
     """Run code in a fresh interpreter and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # An installed package would register before the code that says when.
+    environment = {**os.environ, "SAMOYEDS_HF_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

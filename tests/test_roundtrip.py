@@ -643,3 +643,40 @@ def test_weights_that_are_no_safetensors(saved: Any, tmp_path: Path) -> None:
     torch.save(case.dense.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin; save the model with"):
         load(tmp_path, quantization_config=CONFIG)
+
+
+def test_conversion_that_looks_at_the_parameter(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE: transformers transposes unless the shapes of file and parameter agree."""
+    text = {
+        **{"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16},
+        **{"intermediate_size": 64, "moe_intermediate_size": 64, "num_experts": 4},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision |= {
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    samoyeds_hf.patch_model(model, PATTERN)
+    model.save_pretrained(tmp_path / "sparse")
+    auto = transformers.AutoModelForImageTextToText
+    assert same_state(auto.from_pretrained(tmp_path / "sparse"), model)
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj must have shape \[4, 128, 64\], found"
+    ):
+        auto.from_pretrained(tmp_path / "dense", quantization_config=CONFIG)
+    # As the Hub stores it, transposed, it is turned the right way.
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    loaded = auto.from_pretrained(tmp_path / "dense", quantization_config=CONFIG)
+    experts = loaded.model.language_model.layers[0].mlp.experts
+    assert torch.equal(
+        experts.gate_up_proj, model.model.language_model.layers[0].mlp.experts.gate_up_proj
+    )
