@@ -91,7 +91,7 @@ def test_a_split_is_sorted_and_fixed_by_the_path_alone(library):
     }
 
 
-def test_the_librarys_own_tests_are_training_text_only(tmp_path):
+def test_the_library_own_tests_are_training_text_only(tmp_path):
     # glob.py, the held-out name, decides nothing below a test directory.
     for name in ("glob.py", "code.py", "test/glob.py", "idlelib/idle_test/glob.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
