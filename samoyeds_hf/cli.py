@@ -44,7 +44,7 @@ def main() -> None:
     A command line that cannot be parsed ends in exit code 2.
     """
     try:
-        app()
+        app(prog_name="samoyeds")
     except (SamoyedsError, OSError) as error:  # an OSError says which file or address
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -68,8 +68,8 @@ def plan(
     from samoyeds_hf.plan import plan_conversion
 
     found = plan_conversion(source, _config(pattern, method, recipe), parse_size(shard_size))
-    found.check_disk(destination or Path.cwd())
     print(found)
+    found.check_disk(destination or Path.cwd())
 
 
 @app.command()
@@ -100,8 +100,8 @@ def convert(
     if dry_run:
         found = plan_conversion(source, config, parse_size(shard_size))
         check_destination(found.source, destination, overwrite)
-        found.check_disk(destination)
         print(found)
+        found.check_disk(destination)
         return
     try:
         report = convert_checkpoint(

@@ -62,6 +62,21 @@ class Survey:
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    _decided: set[str] = field(default_factory=set)  # paths below which nothing is looked at
+
+    def add(self, found: Site | Refusal) -> None:
+        """Note a decision; it holds for everything below that path too."""
+        if isinstance(found, Site):
+            self.sites.append(found)
+            self._decided.add(found.group)
+        else:
+            self.refusals.append(found)
+            self._decided.add(found.name)
+
+    def covers(self, name: str) -> bool:
+        """Whether a module lies below a path that is decided, or on it."""
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in self._decided for end in range(1, len(parts) + 1))
 
     def of(self, kind: str) -> list[Site]:
         """The sites of one kind."""
@@ -72,22 +87,18 @@ def survey(model: nn.Module) -> Survey:
     """Find every expert of a model, its shared experts, and what cannot be supported."""
     found = Survey()
     for name, module in model.named_modules():
-        if _is_inside(name, [site.group for site in found.sites]):
+        if found.covers(name):
             continue
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             _survey_list(model, name, module, found)
         elif _looks_like_experts(module):
             reason = _why_not_fused(module)
             if reason is None:
-                found.sites.append(Site(name, FUSED, _FUSED_WEIGHTS, group=name))
+                found.add(Site(name, FUSED, _FUSED_WEIGHTS, group=name))
                 _survey_shared(model, name, found)
-            elif not _is_inside(name, [refusal.name for refusal in found.refusals]):
-                found.refusals.append(Refusal(name, f"{type(module).__name__}: {reason}"))
+            else:
+                found.add(Refusal(name, f"{type(module).__name__}: {reason}"))
     return found
-
-
-def _is_inside(name: str, groups: list[str]) -> bool:
-    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
@@ -148,11 +159,9 @@ def _survey_shared(model: nn.Module, experts: str, found: Survey) -> None:
         names = _mlp_linears(module)
         if names is None:
             reason = f"{type(module).__name__}: a shared expert {_NO_GATED_MLP}"
-            found.refusals.append(Refusal(path, reason, SHARED))
-        else:
-            found.sites.extend(
-                Site(f"{path}.{name}", SHARED, ("weight",), group=path) for name in names
-            )
+            found.add(Refusal(path, reason, SHARED))
+        for name in names or ():
+            found.add(Site(f"{path}.{name}", SHARED, ("weight",), group=path))
 
 
 def _survey_list(
@@ -168,13 +177,11 @@ def _survey_list(
     layouts = {key: _mlp_linears(member) for key, member in members.items()}
     if not all(layouts.values()):
         kind = type(next(iter(members.values()))).__name__
-        found.refusals.append(Refusal(name, f"{kind}: a list of experts {_NO_GATED_MLP}"))
+        found.add(Refusal(name, f"{kind}: a list of experts {_NO_GATED_MLP}"))
         return
     for key, names in layouts.items():
-        found.sites.extend(
-            Site(f"{name}.{key}.{linear}", LISTED, ("weight",), group=name)
-            for linear in names or ()
-        )
+        for linear in names or ():
+            found.add(Site(f"{name}.{key}.{linear}", LISTED, ("weight",), group=name))
     _survey_shared(model, name, found)
 
 

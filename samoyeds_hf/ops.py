@@ -45,6 +45,9 @@ def moe_mlp(
 ) -> torch.Tensor:
     """The fused expert layer ``[T, H]``: down(SiLU(gate) * up), weighted and summed over K.
 
+    A backend must fulfil what the module's docstring lists; it may keep the inner activations in
+    fp32 or round them to the shared dtype, and skip what belongs to no expert here.
+
     Gate rows are the first I rows of the dense ``gate_up_proj``, up rows the other I.
     """
     gate_up = SparseWeight(gate_up_proj, gate_up_proj_meta, gate_up_proj_index)
@@ -88,7 +91,8 @@ def moe_up(
 ) -> torch.Tensor:
     """First product, for models with a gate of their own: ``[T*K, 2I]``, row t*K + j = choice j.
 
-    Rows whose choice belongs to no expert here are zero.
+    A backend must fulfil what the module's docstring lists, and write zeros into rows whose choice
+    belongs to no expert here: the model's gate sees every row.
     """
     weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
     _check_up(hidden, top_k_index, weight, parsed)
@@ -121,7 +125,11 @@ def moe_down(
     index: torch.Tensor,  # [E, H*N/M, I/V]
     pattern: str,
 ) -> torch.Tensor:
-    """Second product ``[T, H]``: rows times their experts' weights, weighted and summed over K."""
+    """Second product ``[T, H]``: rows times their experts' weights, weighted and summed over K.
+
+    A backend must fulfil what the module's docstring lists, and read no row whose choice belongs
+    to no expert here: the model's gate may have left anything there.
+    """
     weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
     _check_down(inner, top_k_index, top_k_weights, weight, parsed)
     rows = reference.grouped_linear(inner, top_k_index.reshape(-1), weight, parsed, 1)
@@ -151,7 +159,10 @@ def linear(
     index: torch.Tensor,  # [m*N/M, k/V]
     pattern: str,
 ) -> torch.Tensor:
-    """A single sparse Linear without bias: ``[..., m]``."""
+    """A single sparse Linear without bias: ``[..., m]``.
+
+    A backend must fulfil what the module's docstring lists; it is one expert that sees every row.
+    """
     weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
     _check_product(x, weight, parsed, num_lead=0)
     return torch.nn.functional.linear(x, decode(weight, parsed))

@@ -16,8 +16,8 @@ KEPT_PER_GROUP = 2  # ... keep 2
 class SparsityPattern:
     """In each block of M rows x V columns, N Sub-Rows are kept, and in them 2 of every 4 elements.
 
-    Samoyeds (EuroSys'25), section 4.1. N = M is plain 2:4. ``v=None`` makes a Sub-Row as long as
-    the whole row; it is what ``"2:4"`` means, where no Sub-Row is ever dropped.
+    Samoyeds (EuroSys'25, arXiv 2503.10725). N = M is plain 2:4. ``v=None`` makes a Sub-Row as long
+    as the whole row; it is what ``"2:4"`` means, where no Sub-Row is ever dropped.
 
     Raises:
         PatternError: not 1 <= N <= M <= 16, or V not a positive multiple of 4.
