@@ -143,11 +143,22 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         )
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Swap a submodule; an accelerate hook on the old one moves to the new one."""
+    """Swap a submodule; hooks on the old one, accelerate's and users', move to the new one."""
     old = model.get_submodule(name)
     hook = getattr(old, "_hf_hook", None)
     model.set_submodule(name, module.train(old.training))
+    for hooks in _HOOKS:
+        setattr(module, hooks, getattr(old, hooks))  # the same dict: handles still remove theirs
     if hook is not None:
         from accelerate.hooks import add_hook_to_module
 

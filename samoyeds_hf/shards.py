@@ -215,8 +215,8 @@ class disk_errors:
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"{self.path} must be writable on a disk with room for it, found "
-                f"{error.strerror or error}; free space or choose another place, then use "
-                "--resume."
+                f"{error.strerror or error}; free space or choose another place (a conversion "
+                "continues with --resume)."
             ) from error
 
 

@@ -385,6 +385,34 @@ def test_accelerate_hook_is_kept() -> None:
     assert len(seen) == 2
 
 
+def test_hooks_of_the_user_move_to_the_new_module() -> None:
+    model = MIXTRAL.make()
+    experts = model.model.layers[0].mlp.experts
+    seen: list[type] = []
+    before = experts.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(type(module)), with_kwargs=True
+    )
+    after = experts.register_forward_hook(lambda module, args, out: out * 0)
+    samoyeds_hf.patch_model(model, PATTERN)
+    logits(model)
+    assert seen == [SamoyedsExperts]
+    assert not model.model.layers[0].mlp.experts(torch.ones(1, 64), *routed()).any()
+    after.remove()
+    assert model.model.layers[0].mlp.experts(torch.ones(1, 64), *routed()).any()
+    samoyeds_hf.unpatch_model(model)
+    seen.clear()
+    logits(model)
+    assert seen == [type(experts)]
+    before.remove()
+    logits(model)
+    assert len(seen) == 1
+
+
+def routed() -> tuple[torch.Tensor, torch.Tensor]:
+    """One token to the first expert."""
+    return torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+
+
 # --- refusals change nothing -----------------------------------------------------------------
 
 
