@@ -395,6 +395,8 @@ def test_a_failing_disk(
 STOPPED = """\
 import os, signal, sys
 from samoyeds_hf import cli, convert
+# a shell starts its background jobs with Ctrl-C ignored, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 finish = convert._State.finish
 def stop(self, *rest):
     finish(self, *rest)
