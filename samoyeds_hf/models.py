@@ -78,10 +78,6 @@ class Survey:
         parts = name.split(".")
         return any(".".join(parts[:end]) in self._decided for end in range(1, len(parts) + 1))
 
-    def of(self, kind: str) -> list[Site]:
-        """The sites of one kind."""
-        return [site for site in self.sites if site.kind == kind]
-
 
 def survey(model: nn.Module) -> Survey:
     """Find every expert of a model, its shared experts, and what cannot be supported."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -197,27 +198,17 @@ def sync_file(path: Path) -> None:
             os.close(handle)
 
 
-class disk_errors:
-    """Context that turns an OSError into a sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self.path} must be writable on a disk with room for it, found "
-                f"{error.strerror or error}; free space or choose another place (a conversion "
-                "continues with --resume)."
-            ) from error
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a sentence about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} must be writable on a disk with room for it, found "
+            f"{error.strerror or error}; free space or choose another place (a conversion "
+            "continues with --resume)."
+        ) from error
 
 
 def _reserve(file: int, num_bytes: int) -> None:

@@ -63,7 +63,7 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
-    for register in hosts.HOOKS.values():
+    for register in (hosts.register_configs, hosts.register_models, hosts.register_tokenizers):
         register()
         register()  # again: idempotent
 
@@ -375,27 +375,8 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-# Calls each function as an import hook does: the moment its module of transformers was executed.
-AS_IMPORT_HOOKS = """
-import importlib.util, sys
-from samoyeds_hf.hosts import HOOKS
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name not in HOOKS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        sys.meta_path.insert(0, self)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), HOOKS[name]())
-        return spec
-sys.meta_path.insert(0, Finder())
-"""
-CALLED_LATER = """
-from samoyeds_hf.hosts import HOOKS
-for register in HOOKS.values():
-    register()
-"""
+# The import hooks call each function the moment its module of transformers was executed.
+ARM = "import samoyeds_hf"
 USES = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -417,8 +398,8 @@ print(TOKENIZER_MAPPING_NAMES["deepseek"], model_class.__name__)
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param(AS_IMPORT_HOOKS + USES + THEN, id="while-transformers-is-half-imported"),
-        pytest.param(USES + CALLED_LATER + THEN, id="after-transformers"),
+        pytest.param(ARM + USES + THEN, id="while-transformers-is-half-imported"),
+        pytest.param(USES + ARM + THEN, id="after-transformers"),
     ],
 )
 def test_registering_imports_no_model_code(code: str) -> None:

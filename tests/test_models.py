@@ -41,7 +41,7 @@ def test_family_is_recognised(family: Family) -> None:
     model = family.make()
     found = survey(model)
     assert found.refusals == [refusal for refusal in found.refusals if refusal.kind == SHARED]
-    sites = found.of(FUSED)
+    sites = [site for site in found.sites if site.kind == FUSED]
     assert sites
     assert all(site.name.endswith(f".{family.experts}") for site in sites)
     assert all(site.weights == ("gate_up_proj", "down_proj") for site in sites)
@@ -256,7 +256,7 @@ def test_convolutions_are_not_experts() -> None:
         linear_value_head_dim=8,
     )
     found = survey(hybrid)
-    assert [site.name for site in found.of(FUSED)] == [
+    assert [site.name for site in found.sites if site.kind == FUSED] == [
         f"model.layers.{n}.mlp.experts" for n in (0, 1)
     ]
     assert not found.refusals

@@ -2,10 +2,11 @@
 
 A `Host` names those classes by dotted path. Registering a host imports none of them: transformers
 loads a class when it first asks for it, so a host costs nothing until such a checkpoint is opened.
+`samoyeds_hf.autoload` says when each `register_*` is called; to call one again changes nothing.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -90,14 +91,6 @@ def register_tokenizers() -> None:
             auto.REGISTERED_TOKENIZER_CLASSES.setdefault(tokenizer.__name__, tokenizer)
             auto.TOKENIZER_MAPPING_NAMES[host.model_type] = tokenizer.__name__
             auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(host.model_type)
-
-
-# What to call after which module of transformers was executed. Each may be called again.
-HOOKS: Mapping[str, Callable[[], None]] = {
-    f"{_AUTO}.configuration_auto": register_configs,
-    f"{_AUTO}.modeling_auto": register_models,
-    f"{_AUTO}.tokenization_auto": register_tokenizers,
-}
 
 
 def _add(mapping: Any, key: str, path: str) -> None:
