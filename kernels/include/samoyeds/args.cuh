@@ -1,0 +1,72 @@
+// What the host hands to the matrix kernels.
+#pragma once
+
+#include "samoyeds/fragment.cuh"
+
+namespace samoyeds {
+
+// Division by a number that is only known at run time, without a division instruction: for
+// 0 <= x < 2^31, x / d = x * ceil(2^(31 + s) / d) >> (31 + s) with s = ceil(log2 d).
+struct Divisor {
+  std::uint32_t multiplier;
+  int shift;
+  int value;
+};
+
+constexpr Divisor make_divisor(int value) {
+  int log = 0;
+  while ((1ll << log) < value) ++log;
+  const std::uint64_t power = 1ull << (31 + log);
+  return {static_cast<std::uint32_t>((power + value - 1) / value), 31 + log, value};
+}
+
+SAMOYEDS_HOST_DEVICE constexpr int operator/(int x, const Divisor& d) {
+  return static_cast<int>(
+      static_cast<std::uint64_t>(static_cast<std::uint32_t>(x)) * d.multiplier >> d.shift);
+}
+
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kWarps = 8;  // of a thread block of the matrix kernel that multiply
+inline constexpr int kConsumers = kWarps * kWarpThreads;
+inline constexpr int kMaxGroup = 8;  // tiles of a group, see Tile
+
+// Up to so many tokens of one expert, as route() lists them: places first .. first + count - 1 of
+// the pairs sorted by expert. Consecutive tiles of one expert form groups that blocks running at
+// the same time share, so that weights and tokens meet in the L2.
+struct Tile {
+  int expert;
+  int first;
+  int count;
+  int group;  // its first tile << 8 | tiles in it
+};
+
+// Which rows of x meet which expert. Without routing (tiles == nullptr) all rows meet expert 0.
+struct Tokens {
+  const Tile* tiles;
+  const int* num_tiles;
+  const int* pairs;
+  int num_rows;           // without routing: rows of x
+  Divisor pairs_per_row;  // rows of x are tokens: K; or pairs: 1
+};
+
+enum class Output {
+  kGated,    // [pairs, m/2]  SiLU(gate) * up; interleaved layouts only
+  kRows,     // [pairs, m]
+  kPartial,  // [splits, pairs, m]  fp32
+};
+
+struct SsmmArgs {
+  Layout layout;
+  const std::uint8_t* packed;  // [E, expert_bytes]
+  const void* x;               // [rows, k]
+  Tokens tokens;
+  void* out;
+  Output output;
+  std::int64_t split_stride;  // elements of a plane of kPartial
+  int stages;
+  Divisor splits;
+  Divisor parts;  // of a tile of tokens: parts of the rows, times splits
+  bool is_early;  // the routing is complete although the previous kernel may still run
+};
+
+}  // namespace samoyeds

@@ -1,0 +1,141 @@
+// The fragment order "m16k128.v1": how a packed weight lies in memory.
+//
+// A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it:
+//
+//   block   values  2048 B   4 steps of 32 columns; a step is one 16-byte load a lane: fragment A
+//           meta     256 B   2 words a lane; one word serves two steps (selectors 0 and 1)
+//           rows      16 B   only (1, 2, V): a word a step; bit r = row r takes the odd dense row
+//
+//   packed [E][tile][block], then, for general patterns, index bytes [tile][Sub-Row][16]
+//
+// mma.sp.m16n8k32 (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"): with lane = 4g + t,
+// register 0 holds row g, compressed columns 2t, 2t+1; register 1 row g+8; registers 2, 3 columns 8
+// further. The metadata of step j comes from lanes t = 2(j%2), 2(j%2)+1: low half row g, high half
+// row g+8.
+//
+// Host compilers read this file too: C++17, no CUDA header.
+#pragma once
+
+#include "samoyeds/format.cuh"
+
+namespace samoyeds {
+
+inline constexpr const char* kLayoutName = "m16k128.v1";
+
+inline constexpr int kTileRows = 16;    // kept rows of a tile
+inline constexpr int kBlockCols = 128;  // dense columns of a block
+inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction
+inline constexpr int kStepsPerBlock = kBlockCols / kStepCols;
+inline constexpr int kStepBytes = 512;  // of values: 32 lanes x 16 bytes
+inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;
+inline constexpr int kMetaPairBytes = 128;  // of two steps: 32 lanes x 4 bytes
+inline constexpr int kRowsOffset = kMetaOffset + kStepsPerBlock / 2 * kMetaPairBytes;
+inline constexpr int kRowsBytes = kStepsPerBlock * 4;
+inline constexpr int kHalfTile = kTileRows / 2;
+
+enum class Kind {
+  kDense24,   // N == M: kept rows are the dense rows
+  kSwitched,  // (1, 2, V) with V a multiple of a step: a bit says which row of the pair
+  kGeneral,   // everything else: an index byte a Sub-Row
+};
+
+struct Layout {
+  Pattern pattern;
+  int rows, cols;     // dense m, k
+  int kept;           // kept rows
+  int rows_per_tile;  // of 16: general patterns hold whole blocks of N rows only
+  int tiles;
+  int blocks;  // along k
+  int block_bytes;
+  Kind kind;
+  bool interleaved;  // gate rows in the upper half of a tile, their up rows in the lower one
+  std::int64_t index_offset;  // of the index bytes in an expert
+  std::int64_t expert_bytes;
+};
+
+SAMOYEDS_HOST_DEVICE constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pattern,
+                                                  bool is_gate_up) {
+  Layout l{};
+  l.pattern = pattern;
+  l.rows = rows;
+  l.cols = cols;
+  l.kept = kept_rows(pattern, rows);
+  if (pattern.n == pattern.m) {
+    l.kind = Kind::kDense24;
+  } else if (pattern.n == 1 && pattern.m == 2 && pattern.v % kStepCols == 0) {
+    l.kind = Kind::kSwitched;
+  } else {
+    l.kind = Kind::kGeneral;
+  }
+  const bool is_general = l.kind == Kind::kGeneral;
+  // Gate and up rows can only share a tile where no block of M rows holds both.
+  l.interleaved = is_gate_up && !is_general && rows % 2 == 0 && rows / 2 % pattern.m == 0;
+  l.rows_per_tile = is_general ? kTileRows / pattern.n * pattern.n : kTileRows;
+  l.tiles = l.interleaved ? ceil_div(l.kept / 2, kHalfTile) : ceil_div(l.kept, l.rows_per_tile);
+  l.blocks = ceil_div(cols, kBlockCols);
+  l.block_bytes = kRowsOffset + (l.kind == Kind::kSwitched ? kRowsBytes : 0);
+  l.index_offset = static_cast<std::int64_t>(l.tiles) * l.blocks * l.block_bytes;
+  l.expert_bytes = l.index_offset;
+  if (is_general) {
+    l.expert_bytes += static_cast<std::int64_t>(l.tiles) * index_per_row(pattern, cols) * kTileRows;
+  }
+  return l;
+}
+
+// Kept row that row `row` of tile `tile` holds, or -1.
+SAMOYEDS_HOST_DEVICE constexpr int kept_row_of(const Layout& l, int tile, int row) {
+  if (l.interleaved) {
+    const int half = l.kept / 2, in_half = tile * kHalfTile + row % kHalfTile;
+    return in_half < half ? in_half + (row < kHalfTile ? 0 : half) : -1;
+  }
+  const int kept = tile * l.rows_per_tile + row;
+  return row < l.rows_per_tile && kept < l.kept ? kept : -1;
+}
+
+SAMOYEDS_HOST_DEVICE constexpr std::int64_t block_offset(const Layout& l, int tile, int block) {
+  return (static_cast<std::int64_t>(tile) * l.blocks + block) * l.block_bytes;
+}
+
+// Byte in a block of the value at tile row `row`, compressed column `column` (0..63).
+SAMOYEDS_HOST_DEVICE constexpr int value_offset(int row, int column) {
+  const int step = column / 16, in_step = column % 16;
+  const int lane = row % kHalfTile * 4 + in_step % 8 / 2;
+  const int reg = (row >= kHalfTile ? 1 : 0) + (in_step >= 8 ? 2 : 0);
+  return step * kStepBytes + lane * 16 + reg * 4 + in_step % 2 * 2;
+}
+
+// Byte in a block of the metadata word with the nibble of row `row`, group `group` (0..31).
+SAMOYEDS_HOST_DEVICE constexpr int meta_offset(int row, int group) {
+  const int step = group / 8, in_step = group % 8;
+  const int lane = row % kHalfTile * 4 + step % 2 * 2 + (in_step >= 4 ? 1 : 0);
+  return kMetaOffset + step / 2 * kMetaPairBytes + lane * 4;
+}
+
+// Place of that nibble in its word.
+SAMOYEDS_HOST_DEVICE constexpr int meta_shift(int row, int group) {
+  return (row >= kHalfTile ? 16 : 0) + group % 4 * kNibbleBits;
+}
+
+// Byte in an expert of the index of tile row `row`, Sub-Row `sub_row`; general patterns only.
+SAMOYEDS_HOST_DEVICE constexpr std::int64_t index_byte_offset(const Layout& l, int tile,
+                                                              int sub_row, int row) {
+  const int sub_rows = index_per_row(l.pattern, l.cols);
+  return l.index_offset + (static_cast<std::int64_t>(tile) * sub_rows + sub_row) * kTileRows + row;
+}
+
+// The odd-row bits change at most every so many steps of a block; 0: there are none.
+SAMOYEDS_HOST_DEVICE constexpr int switch_period(const Layout& l) {
+  const int v = l.pattern.v;
+  if (l.kind != Kind::kSwitched) return 0;
+  return v % kBlockCols == 0 ? 4 : v % 64 == 0 ? 2 : 1;
+}
+
+static_assert(kRowsOffset == 2304 && kRowsOffset + kRowsBytes == 2320, "the drawing above");
+static_assert(value_offset(15, 63) == kMetaOffset - 2, "values fill their part of a block");
+static_assert(meta_offset(15, 31) == kRowsOffset - 4, "metadata fills its part of a block");
+static_assert(kRowsOffset % 16 == 0 && kRowsBytes % 16 == 0,
+              "blocks are copied 16 bytes at a time");
+
+}  // namespace samoyeds

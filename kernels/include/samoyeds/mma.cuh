@@ -1,0 +1,116 @@
+// Shared memory to registers to sparse tensor cores.
+//
+// (1, 2, V) without resetting accumulators: D runs through all of k, as if the weight were plain
+// 2:4, and is the sum of both dense rows. Let s_j be 1 where Sub-Row j belongs to the odd row.
+// Whenever s changes, odd += (s_old - s_new) * D; at the end odd += s_last * D, even = D - odd.
+// One multiply-add an accumulator every V columns, for two results an accumulator.
+//
+// NOTE: a non-finite weight or activation in one row of a pair therefore reaches the other row.
+#pragma once
+
+#include "samoyeds/load.cuh"
+
+namespace samoyeds {
+
+template <int kMFrags, int kNFrags>
+struct Accumulators {
+  float d[kMFrags][kNFrags][4];  // [..][0, 1] row g, [..][2, 3] row g + 8; tokens 2t, 2t + 1
+  float odd[kMFrags][kNFrags][4];
+  std::uint32_t rows[kMFrags];  // bit r: row r takes the odd dense row at present
+
+  __device__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kMFrags; ++m) {
+      rows[m] = 0;
+#pragma unroll
+      for (int n = 0; n < kNFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[m][n][i] = odd[m][n][i] = 0.f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void switch_rows(int m, std::uint32_t next) {
+    const std::uint32_t low_row = 1u << threadIdx.x % kWarpThreads / 4;
+    const std::uint32_t high_row = low_row << kHalfTile;
+    const auto change = [&](std::uint32_t row) {
+      return (rows[m] & row ? 1.f : 0.f) - (next & row ? 1.f : 0.f);
+    };
+    const float low = change(low_row), high = change(high_row);
+    rows[m] = next;
+#pragma unroll
+    for (int n = 0; n < kNFrags; ++n) {
+      odd[m][n][0] = fmaf(low, d[m][n][0], odd[m][n][0]);
+      odd[m][n][1] = fmaf(low, d[m][n][1], odd[m][n][1]);
+      odd[m][n][2] = fmaf(high, d[m][n][2], odd[m][n][2]);
+      odd[m][n][3] = fmaf(high, d[m][n][3], odd[m][n][3]);
+    }
+  }
+
+  // Afterwards d holds the even dense rows and odd the odd ones.
+  __device__ void separate_rows() {
+#pragma unroll
+    for (int m = 0; m < kMFrags; ++m) {
+      switch_rows(m, 0);
+#pragma unroll
+      for (int n = 0; n < kNFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[m][n][i] -= odd[m][n][i];
+      }
+    }
+  }
+};
+
+// One block of 128 columns. `weights` and `tokens` are this warp's in shared memory. The odd-row
+// bits change at most every kSwitchPeriod steps; 0: never.
+template <typename T, int kSwitchPeriod, int kMFrags, int kNFrags>
+__device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& acc,
+                                               std::uint32_t weights, std::uint32_t tokens) {
+  const int lane = threadIdx.x % kWarpThreads;
+  const auto switch_rows = [&](int step) {
+#pragma unroll
+    for (int m = 0; m < kMFrags; ++m) {
+      acc.switch_rows(m,
+                      ptx::load_shared_word(weights + m * kBlockStride + kRowsOffset + step * 4));
+    }
+  };
+  if constexpr (kSwitchPeriod == kStepsPerBlock) switch_rows(0);
+  // NOTE: not unrolled further: fragments of later steps would be read early, into registers that
+  // the accumulators need.
+#pragma unroll 1
+  for (int pair = 0; pair < kStepsPerBlock / 2; ++pair) {
+    std::uint32_t meta[kMFrags];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int step = pair * 2 + half;
+      if constexpr (kSwitchPeriod == 1 || kSwitchPeriod == 2) {
+        if (step % kSwitchPeriod == 0) switch_rows(step);
+      }
+      // Lane l addresses chunk l/8 of the step's four, row l%8 of the fragment's eight.
+      const int chunk = step * kStepCols * 2 + lane / 8 * 16;
+      std::uint32_t b[kNFrags][4];
+#pragma unroll
+      for (int n = 0; n < kNFrags; ++n) {
+        ptx::load_matrices(b[n], tokens + (n * 8 + lane % 8) * kTokenStride + chunk);
+      }
+#pragma unroll
+      for (int m = 0; m < kMFrags; ++m) {
+        const std::uint32_t tile = weights + m * kBlockStride;
+        const uint4 a = ptx::load_shared(tile + step * kStepBytes + lane * 16);
+        if (half == 0) {
+          meta[m] = ptx::load_shared_word(tile + kMetaOffset + pair * kMetaPairBytes + lane * 4);
+        }
+#pragma unroll
+        for (int n = 0; n < kNFrags; ++n) {
+          if (half == 0) {
+            ptx::multiply_sparse<T, 0>(acc.d[m][n], a, b[n], meta[m]);
+          } else {
+            ptx::multiply_sparse<T, 1>(acc.d[m][n], a, b[n], meta[m]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace samoyeds

@@ -1,0 +1,142 @@
+// What surrounds the two products: the gate of unfused layouts, zeros for pairs without an expert,
+// and the weighted sum over a token's choices.
+#include "samoyeds/epilogue.cuh"
+#include "samoyeds/launch.hpp"
+
+namespace samoyeds {
+namespace {
+
+constexpr int kCombineThreads = 256;
+
+__device__ bool belongs_here(const std::int64_t* top_k_index, int pair, int num_experts) {
+  const std::int64_t expert = top_k_index[pair];
+  return expert >= 0 && expert < num_experts;
+}
+
+template <typename T>
+__device__ __forceinline__ float widen(T x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(x);
+  if constexpr (std::is_same_v<T, __half>) return __half2float(x);
+}
+
+__device__ float routing_weight(const Combine& args, int pair) {
+  switch (args.weights_dtype) {
+    case SAMOYEDS_BF16:
+      return widen(static_cast<const __nv_bfloat16*>(args.top_k_weights)[pair]);
+    case SAMOYEDS_FP16:
+      return widen(static_cast<const __half*>(args.top_k_weights)[pair]);
+    default:
+      return static_cast<const float*>(args.top_k_weights)[pair];
+  }
+}
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T at[kWidth];
+};
+
+// A thread sums kWidth neighbouring columns of one token: over its choices in order, and inside a
+// choice over the parts of k in order, all in fp32.
+template <typename T, typename Row, int kWidth>
+__global__ void combine_kernel(Combine args) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const int per_token = args.columns / kWidth;
+  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (number >= static_cast<std::int64_t>(args.num_tokens) * per_token) return;
+  const int token = static_cast<int>(number / per_token);
+  const int column = static_cast<int>(number % per_token) * kWidth;
+  const std::int64_t plane = static_cast<std::int64_t>(args.num_tokens) * args.top_k * args.columns;
+  float total[kWidth] = {};
+  for (int choice = 0; choice < args.top_k; ++choice) {
+    const int pair = token * args.top_k + choice;
+    if (!belongs_here(args.top_k_index, pair, args.num_experts)) continue;
+    const float weight = routing_weight(args, pair);
+    const Row* from = static_cast<const Row*>(args.rows) +
+                      static_cast<std::int64_t>(pair) * args.columns + column;
+    float sum[kWidth] = {};
+    for (int split = 0; split < args.splits; ++split) {
+      const auto part = *reinterpret_cast<const Vector<Row, kWidth>*>(from + split * plane);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum[i] += widen(part.at[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) total[i] = fmaf(weight, sum[i], total[i]);
+  }
+  Vector<T, kWidth> result;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) result.at[i] = narrow<T>(total[i]);
+  *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(args.out) +
+                                        static_cast<std::int64_t>(token) * args.columns + column) =
+      result;
+}
+
+template <typename T>
+__global__ void gate_kernel(const std::int64_t* top_k_index, int num_pairs, int num_experts,
+                            int inner_size, const T* both, T* inner) {
+  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (number >= static_cast<std::int64_t>(num_pairs) * inner_size) return;
+  const int pair = static_cast<int>(number / inner_size);
+  // Rows without an expert were never written.
+  if (!belongs_here(top_k_index, pair, num_experts)) return;
+  const T* row = both + static_cast<std::int64_t>(pair) * inner_size * 2 + number % inner_size;
+  inner[number] = narrow<T>(silu(widen(row[0])) * widen(row[inner_size]));
+}
+
+__global__ void clear_kernel(const std::int64_t* top_k_index, int num_pairs, int num_experts,
+                             std::int64_t row_bytes, std::uint8_t* out) {
+  for (int pair = blockIdx.x; pair < num_pairs; pair += gridDim.x) {
+    if (belongs_here(top_k_index, pair, num_experts)) continue;
+    auto* row = reinterpret_cast<std::uint16_t*>(out + pair * row_bytes);
+    for (std::int64_t i = threadIdx.x; i < row_bytes / 2; i += blockDim.x) row[i] = 0;
+  }
+}
+
+dim3 grid_for(std::int64_t threads) {
+  return dim3(static_cast<unsigned>((threads + kCombineThreads - 1) / kCombineThreads));
+}
+
+template <typename T, typename Row>
+Error combine_rows(const Stream& stream, const Combine& args) {
+  const std::int64_t elements = static_cast<std::int64_t>(args.num_tokens) * args.columns;
+  if (args.columns % 4 == 0) {
+    return launch(stream, combine_kernel<T, Row, 4>, grid_for(elements / 4), kCombineThreads, 0,
+                  args);
+  }
+  return launch(stream, combine_kernel<T, Row, 1>, grid_for(elements), kCombineThreads, 0, args);
+}
+
+template <typename T>
+Error combine_to(const Stream& stream, const Combine& args) {
+  return args.is_partial ? combine_rows<T, float>(stream, args) : combine_rows<T, T>(stream, args);
+}
+
+}  // namespace
+
+Error combine(const Stream& stream, SamoyedsDtype dtype, const Combine& args) {
+  return dtype == SAMOYEDS_BF16 ? combine_to<__nv_bfloat16>(stream, args)
+                                : combine_to<__half>(stream, args);
+}
+
+Error gate(const Stream& stream, SamoyedsDtype dtype, const std::int64_t* top_k_index,
+           int num_pairs, int num_experts, int inner_size, const void* both, void* inner) {
+  const dim3 grid = grid_for(static_cast<std::int64_t>(num_pairs) * inner_size);
+  if (dtype == SAMOYEDS_BF16) {
+    return launch(stream, gate_kernel<__nv_bfloat16>, grid, kCombineThreads, 0, top_k_index,
+                  num_pairs, num_experts, inner_size, static_cast<const __nv_bfloat16*>(both),
+                  static_cast<__nv_bfloat16*>(inner));
+  }
+  return launch(stream, gate_kernel<__half>, grid, kCombineThreads, 0, top_k_index, num_pairs,
+                num_experts, inner_size, static_cast<const __half*>(both),
+                static_cast<__half*>(inner));
+}
+
+Error clear_unrouted(const Stream& stream, const std::int64_t* top_k_index, int num_pairs,
+                     int num_experts, std::int64_t row_bytes, void* out) {
+  const int blocks = num_pairs < 16384 ? num_pairs : 16384;
+  return launch(stream, clear_kernel, blocks, kCombineThreads, 0, top_k_index, num_pairs,
+                num_experts, row_bytes, static_cast<std::uint8_t*>(out));
+}
+
+}  // namespace samoyeds

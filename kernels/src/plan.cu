@@ -1,0 +1,209 @@
+// Which instance of the matrix kernel runs, and how it is cut: rules as data, with what they rest
+// on.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "samoyeds/launch.hpp"
+#include "samoyeds/ssmm.cuh"
+
+namespace samoyeds {
+namespace {
+
+// The first rule that holds is taken. Tokens are those that one expert which is hit is expected to
+// meet; waves: how often the rule's thread blocks would fill the GPU.
+struct Rule {
+  int min_capability, max_capability;
+  int min_v;          // of the pattern; 0: any
+  double max_tokens;  // an expert
+  double min_waves;
+  SamoyedsPlan plan;  // stages and splits follow from the device and the shape
+  const char* measured;
+};
+
+constexpr double kAny = 1e30;
+constexpr int kHopper = 90, kNewest = 9999;
+constexpr Rule kRules[] = {
+    {80, kNewest, 0, 7, 0.9, {1, 1, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 2, 0, {1, 1, 2, 1, 4, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 7, 0, {1, 1, 4, 1, 2, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 13, 0, {1, 2, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {kHopper, kHopper, 64, kAny, 0, {4, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
+    {80, kNewest, 0, 28, 0, {1, 4, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, kAny, 0, {2, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
+};
+
+constexpr int kMaxSplits = 8;
+constexpr int kReservedBytes = 1024;  // of an SM's shared memory, for each thread block
+
+// Tokens that an expert which is hit at all meets on average, when the router is fair.
+struct Load {
+  double experts_hit;
+  double tokens_each;
+};
+
+Load expected_load(std::int64_t num_experts, std::int64_t num_tokens, std::int64_t top_k) {
+  const double experts = static_cast<double>(num_experts);
+  const double missed = std::max(0.0, 1.0 - static_cast<double>(top_k) / experts);
+  const double hit = experts * (1.0 - std::pow(missed, static_cast<double>(num_tokens)));
+  return {hit, static_cast<double>(num_tokens * top_k) / std::max(hit, 1.0)};
+}
+
+int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPlan plan) {
+  const int budget =
+      std::min(device.block_shared_bytes,
+               device.sm_shared_bytes / static_cast<int>(plan.blocks_per_sm) - kReservedBytes);
+  for (plan.stages = kMaxStages; plan.stages >= 2; --plan.stages) {
+    if (shared_bytes(variant, plan) <= budget) return static_cast<int>(plan.stages);
+  }
+  return 0;
+}
+
+// Splits of k that leave the fewest thread blocks idle in the last wave.
+int best_splits(const Device& device, const Layout& layout, const SsmmVariant& variant,
+                const SamoyedsPlan& plan, const Load& load) {
+  const double slots = static_cast<double>(device.num_sms) * plan.blocks_per_sm;
+  const double tiles_n = load.experts_hit * std::ceil(load.tokens_each / variant.tokens);
+  const int tiles_m = ceil_div(layout.tiles, variant.tiles_m);
+  // A part of k must be long enough to fill the pipeline.
+  const int steps = ceil_div(layout.blocks, static_cast<int>(plan.warps_k));
+  int best = 1;
+  double best_cost = 1e30;
+  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits * 4 <= steps); ++splits) {
+    const double items = tiles_n * tiles_m * splits;
+    // Each item also costs about half a step of its own.
+    const double cost = std::ceil(items / slots) * (static_cast<double>(steps) / splits + 0.5);
+    if (cost < best_cost * 0.97) best_cost = cost, best = splits;
+  }
+  return best;
+}
+
+}  // namespace
+
+const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype) {
+  const SsmmVariant* table = dtype == SAMOYEDS_BF16 ? bf16_variants() : fp16_variants();
+  for (int i = 0; i < kNumVariants; ++i) {
+    const SsmmVariant& v = table[i];
+    if (v.m_frags == plan.m_frags && v.n_frags == plan.n_frags && v.warps_m == plan.warps_m &&
+        v.warps_n == plan.warps_n && v.warps_k == plan.warps_k) {
+      return &v;
+    }
+  }
+  return nullptr;
+}
+
+int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan) {
+  return static_cast<int>(plan.stages) * variant.stage_bytes + variant.scratch_bytes;
+}
+
+Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& layout,
+                 bool may_split) {
+  const SsmmVariant* variant = find_variant(plan, SAMOYEDS_BF16);
+  if (!variant) {
+    return invalid("a plan's fragments and warps must be those of a compiled kernel, found " +
+                   std::to_string(plan.m_frags) + " x " + std::to_string(plan.n_frags) +
+                   " fragments and " + std::to_string(plan.warps_m) + " * " +
+                   std::to_string(plan.warps_n) + " * " + std::to_string(plan.warps_k) + " warps");
+  }
+  if (variant->needs_sm90a && device.capability != 90) {
+    return unsupported("this plan needs a GPU of compute capability 9.0, found another");
+  }
+  if (!kernel_for(*variant, layout)) {
+    return unsupported("this plan needs a V that is a multiple of 64");
+  }
+  if (plan.stages < 1 || plan.stages > kMaxStages) {
+    return invalid("a plan's stages must be 1 to " + std::to_string(kMaxStages) + ", found " +
+                   std::to_string(plan.stages));
+  }
+  if (plan.splits < 1 || plan.splits > std::max(1, layout.blocks) ||
+      (plan.splits > 1 && !may_split)) {
+    return invalid("a plan's splits must be 1, or at most " + std::to_string(layout.blocks) +
+                   " for the down product, found " + std::to_string(plan.splits));
+  }
+  if (plan.blocks_per_sm < 1 || plan.blocks_per_sm > variant->min_blocks) {
+    return invalid("this plan's blocks_per_sm must be 1 to " + std::to_string(variant->min_blocks) +
+                   ", found " + std::to_string(plan.blocks_per_sm));
+  }
+  const int bytes = shared_bytes(*variant, plan);
+  if (bytes > device.block_shared_bytes) {
+    return invalid("a plan needs at most " + std::to_string(device.block_shared_bytes) +
+                   " bytes of shared memory on this GPU, found " + std::to_string(bytes));
+  }
+  return {};
+}
+
+SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
+                         std::int64_t num_tokens, std::int64_t top_k, bool is_down) {
+  const Load load = expected_load(num_experts, num_tokens, top_k);
+  for (const Rule& rule : kRules) {
+    const bool may_run =
+        device.capability >= rule.min_capability && device.capability <= rule.max_capability &&
+        (layout.kind != Kind::kSwitched || layout.pattern.v % 64 == 0 || rule.min_v == 0);
+    if (!may_run || load.tokens_each > rule.max_tokens) continue;
+    SamoyedsPlan plan = rule.plan;
+    const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
+    const double items = load.experts_hit * std::ceil(load.tokens_each / variant.tokens) *
+                         ceil_div(layout.tiles, variant.tiles_m);
+    if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
+    plan.stages = largest_stages(device, variant, plan);
+    if (plan.stages < 3 && plan.blocks_per_sm > 1) {
+      plan.blocks_per_sm = 1;
+      plan.stages = largest_stages(device, variant, plan);
+    }
+    if (plan.stages < 2) continue;
+    // Many rows in fp32, one for each split, would be the largest traffic of the layer.
+    const bool may_split = is_down && num_tokens * top_k <= kMaxPartialPairs;
+    plan.splits = may_split ? best_splits(device, layout, variant, plan, load) : 1;
+    return plan;
+  }
+  // Nothing larger fits this GPU's shared memory.
+  SamoyedsPlan plan{1, 4, 8, 1, 1, 0, 1, 1};
+  plan.stages = largest_stages(device, *find_variant(plan, SAMOYEDS_BF16), plan);
+  return plan;
+}
+
+Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,
+           std::int64_t max_tiles) {
+  const SsmmVariant& variant = *find_variant(plan, dtype);
+  const int parts = ceil_div(args.layout.tiles, variant.tiles_m) * static_cast<int>(plan.splits);
+  const std::int64_t items = max_tiles * parts;
+  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm;
+  args.stages = static_cast<int>(plan.stages);
+  args.splits = make_divisor(static_cast<int>(plan.splits));
+  args.parts = make_divisor(parts);
+  if (items > INT32_MAX) {
+    return unsupported("a product must have at most 2^31 - 1 parts, found " +
+                       std::to_string(items));
+  }
+  return launch(stream, kernel_for(variant, args.layout),
+                static_cast<unsigned>(std::min(items, slots)), variant.threads,
+                shared_bytes(variant, plan), args);
+}
+
+}  // namespace samoyeds
+
+extern "C" __attribute__((visibility("default"))) const char* samoyeds_heuristics(void) {
+  static const std::string text = [] {
+    std::string table =
+        "capability  V      tokens/expert  waves   m_frags  n_frags  warps (m, n, k)  blocks/SM  "
+        "measured\n";
+    for (const samoyeds::Rule& r : samoyeds::kRules) {
+      char tokens[16] = "any", line[160];
+      if (r.max_tokens < samoyeds::kAny) {
+        std::snprintf(tokens, sizeof tokens, "<= %g", r.max_tokens);
+      }
+      std::snprintf(line, sizeof line,
+                    "%s%d.%d      %-5s  %-13s  >= %-4g %-7d  %-7d  (%d, %d, %d)        %-9d  ",
+                    r.max_capability == r.min_capability ? "= " : ">=", r.min_capability / 10,
+                    r.min_capability % 10, r.min_v ? "64*n" : "any", tokens, r.min_waves,
+                    static_cast<int>(r.plan.m_frags), static_cast<int>(r.plan.n_frags),
+                    static_cast<int>(r.plan.warps_m), static_cast<int>(r.plan.warps_n),
+                    static_cast<int>(r.plan.warps_k), static_cast<int>(r.plan.blocks_per_sm));
+      table += std::string(line) + r.measured + "\n";
+    }
+    return table +
+           "stages: as many as shared memory holds; splits of the down product: the fewest idle\n"
+           "thread blocks in the last wave.\n";
+  }();
+  return text.c_str();
+}

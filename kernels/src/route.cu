@@ -1,0 +1,163 @@
+// From the router's choice to token lists: a stable counting sort of the pairs by expert.
+//
+// One thread block: each of its warps owns a run of pairs and a histogram, so that places follow
+// from prefix sums alone and equal inputs give equal lists. It reads the choices twice, 16 us for
+// 131072 pairs; a product of that size takes a hundred times as long.
+#include "samoyeds/launch.hpp"
+#include "samoyeds/ptx.cuh"
+
+namespace samoyeds {
+namespace {
+
+constexpr int kMaxRouteWarps = 32;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kAhead = 8;  // loads in flight a lane
+
+struct RouteArgs {
+  const std::int64_t* top_k_index;
+  int num_pairs, num_experts, tile_tokens;
+  int* pairs;
+  Tile* tiles;
+  int* num_tiles;
+};
+
+// Calls visit(pair, expert or -1) for this warp's pairs, 32 at a time, in order.
+template <typename Visit>
+__device__ void for_each_pair(const RouteArgs& args, Visit&& visit) {
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const int run = ceil_div(args.num_pairs, static_cast<int>(blockDim.x)) * kWarpThreads;
+  const int end = min(args.num_pairs, (warp + 1) * run);
+  for (int base = warp * run; base < end; base += kAhead * kWarpThreads) {
+    int expert[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int pair = base + i * kWarpThreads + lane;
+      const std::int64_t e = pair < end ? args.top_k_index[pair] : -1;
+      expert[i] = e >= 0 && e < args.num_experts ? static_cast<int>(e) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) visit(base + i * kWarpThreads + lane, expert[i]);
+  }
+}
+
+// Exclusive prefix sums of value(e) over the experts, by one warp; returns the total.
+template <typename Value, typename Store>
+__device__ int prefix_sums(int num_experts, Value&& value, Store&& store) {
+  const int lane = threadIdx.x % kWarpThreads;
+  int total = 0;
+  for (int base = 0; base < num_experts; base += kWarpThreads) {
+    const int e = base + lane, own = e < num_experts ? value(e) : 0;
+    int sum = own;
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const int left = __shfl_up_sync(kAll, sum, distance);
+      if (lane >= distance) sum += left;
+    }
+    if (e < num_experts) store(e, total + sum - own);
+    total += __shfl_sync(kAll, sum, kWarpThreads - 1);
+  }
+  return total;
+}
+
+__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(RouteArgs args) {
+  ptx::let_next_kernel_start();
+  extern __shared__ int counts[];  // [warps][E], then [E] totals, first pairs, first tiles
+  const int num_experts = args.num_experts, num_warps = blockDim.x / kWarpThreads;
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  int* own = counts + warp * num_experts;
+  int* totals = counts + num_warps * num_experts;
+  int* first_pair = totals + num_experts;
+  int* first_tile = first_pair + num_experts;
+
+  for (int e = lane; e < num_experts; e += kWarpThreads) own[e] = 0;
+  __syncwarp();
+  for_each_pair(args, [&](int, int expert) {
+    const unsigned same = __match_any_sync(kAll, expert);
+    if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
+    __syncwarp();
+  });
+  __syncthreads();
+  // A warp's count becomes the number of pairs in the warps before it.
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    int sum = 0;
+    for (int w = 0; w < num_warps; ++w) {
+      const int count = counts[w * num_experts + e];
+      counts[w * num_experts + e] = sum;
+      sum += count;
+    }
+    totals[e] = sum;
+  }
+  __syncthreads();
+  const auto tiles_of = [&](int e) { return ceil_div(totals[e], args.tile_tokens); };
+  if (warp == 0) {
+    prefix_sums(
+        num_experts, [&](int e) { return totals[e]; },
+        [&](int e, int sum) { first_pair[e] = sum; });
+  } else if (warp == 1) {
+    const int total =
+        prefix_sums(num_experts, tiles_of, [&](int e, int sum) { first_tile[e] = sum; });
+    if (lane == 0) *args.num_tiles = total;
+  }
+  __syncthreads();
+
+  const auto write_tile = [&](int e, int i) {
+    const int num_tiles = tiles_of(e), in_group = i / kMaxGroup * kMaxGroup;
+    const int start = i * args.tile_tokens;
+    args.tiles[first_tile[e] + i] = {
+        e, first_pair[e] + start, min(args.tile_tokens, totals[e] - start),
+        (first_tile[e] + in_group) << 8 | min(kMaxGroup, num_tiles - in_group)};
+  };
+  // A thread writes the first tiles of an expert, a warp those of experts that have many.
+  constexpr int kFew = 4;
+  bool has_many = false;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    for (int i = 0; i < min(kFew, tiles_of(e)); ++i) write_tile(e, i);
+    has_many |= tiles_of(e) > kFew;
+  }
+  if (__syncthreads_or(has_many)) {
+    for (int e = warp; e < num_experts; e += num_warps) {
+      for (int i = kFew + lane; i < tiles_of(e); i += kWarpThreads) write_tile(e, i);
+    }
+  }
+  for_each_pair(args, [&](int pair, int expert) {
+    const unsigned same = __match_any_sync(kAll, expert);
+    if (expert >= 0) {
+      const int before = __popc(same & ((1u << lane) - 1));
+      args.pairs[first_pair[expert] + own[expert] + before] = pair;
+    }
+    __syncwarp();
+    if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
+    __syncwarp();
+  });
+}
+
+}  // namespace
+
+std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, std::int64_t tile_tokens) {
+  // Each expert that is hit has at most one tile that is not full.
+  return num_pairs / tile_tokens + (num_pairs < num_experts ? num_pairs : num_experts);
+}
+
+Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
+            int tile_tokens, int* pairs, Tile* tiles, int* num_tiles) {
+  // A thread for each pair and expert; two warps at least, as one sums pairs and one tiles.
+  const int wanted = ceil_div(num_pairs > num_experts ? num_pairs : num_experts, kWarpThreads);
+  const int num_warps = wanted < 2 ? 2 : wanted > kMaxRouteWarps ? kMaxRouteWarps : wanted;
+  const int shared = (num_warps + 3) * num_experts * static_cast<int>(sizeof(int));
+  if (shared > stream.device.block_shared_bytes) {
+    return unsupported("routing needs at most " +
+                       std::to_string(stream.device.block_shared_bytes /
+                                      ((num_warps + 3) * static_cast<int>(sizeof(int)))) +
+                       " experts on this GPU, found " + std::to_string(num_experts));
+  }
+  if (shared > 48 * 1024) {
+    if (Error e = check_cuda(
+            cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+            "reserving shared memory")) {
+      return e;
+    }
+  }
+  const RouteArgs args{top_k_index, num_pairs, num_experts, tile_tokens, pairs, tiles, num_tiles};
+  return launch(stream, route_kernel, 1, num_warps * kWarpThreads, shared, args);
+}
+
+}  // namespace samoyeds
