@@ -188,11 +188,29 @@ def evaluate(
 
 
 @app.command()
-def env() -> None:
+def env(
+    build: Annotated[
+        bool,
+        typer.Option("--build", help="First build the CUDA kernels, which the first use does."),
+    ] = False,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --build: 80, 86, 89, 90a or ptx; repeatable.  [default: of the GPUs here]"
+        ),
+    ] = None,
+    heuristics: Annotated[
+        bool, typer.Option("--heuristics", help="Only print how the kernels are chosen.")
+    ] = False,
+) -> None:
     """Print versions, GPU, and which path the experts take."""
-    from samoyeds_hf.environment import describe
+    from samoyeds_hf import environment, library
 
-    print(describe())
+    if arch and not build:
+        raise ConfigError("--arch says what to build, found no --build; add it.")
+    if build:
+        library.build_ahead(arch or ())
+    print(environment.heuristics() if heuristics else environment.describe())
 
 
 @app.command()

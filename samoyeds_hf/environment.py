@@ -6,10 +6,12 @@ import logging
 import os
 import platform
 import sys
-from functools import lru_cache
+import threading
 from importlib import metadata
 
 import samoyeds_hf
+from samoyeds_hf import library
+from samoyeds_hf.errors import KernelError
 from samoyeds_hf.report import format_table
 
 _PACKAGES = (
@@ -21,18 +23,32 @@ _PACKAGES = (
     "tokenizers",
     "lm_eval",
 )
+_KERNELS = "CUDA kernels (bf16, fp16); plain torch for fp32 and on the CPU"
 _PLAIN_TORCH = "plain torch, one expert at a time: right on every device, slower than dense"
+
+_not_announced = threading.Lock()
 
 
 def execution_path() -> str:
-    """Which implementation of ``torch.ops.samoyeds`` runs here; this release has but one."""
-    return _PLAIN_TORCH
+    """Which implementation of ``torch.ops.samoyeds`` runs here, and why not the kernels.
+
+    Builds nothing: kernels that the first use would build are not there yet.
+    """
+    decision = library.decide(may_build=False)
+    if decision.library is not None:
+        return _KERNELS
+    return f"{_PLAIN_TORCH} ({_first_line(decision.reason)})"
 
 
-@lru_cache(maxsize=1)
 def announce_path() -> None:
-    """Say once a process which path runs, when a sparse model has been made or loaded."""
-    logging.getLogger("samoyeds_hf").warning("samoyeds_hf: experts run in %s.", execution_path())
+    """Say once a process which path runs, when a sparse model has been made or loaded.
+
+    This is a first use: kernels that can be built are built now.
+    """
+    library.decide()
+    if _not_announced.acquire(blocking=False):  # and never released
+        message = "samoyeds_hf: experts run in %s."
+        logging.getLogger("samoyeds_hf").warning(message, execution_path())
 
 
 def describe() -> str:
@@ -44,11 +60,41 @@ def describe() -> str:
         ("platform", platform.platform()),
         *((name, _version(name)) for name in _PACKAGES),
         ("GPU", _gpu()),
-        ("kernel library", "none: this release has no compiled kernels"),
+        ("kernel library", _kernel_library()),
         ("experts run in", execution_path()),
         ("autoload", _autoload()),
     ]
     return format_table(("", "found"), [(name, value) for name, value in rows], right=False)
+
+
+def heuristics() -> str:
+    """The rules that choose between kernels, as a table.
+
+    Raises:
+        KernelError: there is no kernel library here.
+    """
+    found = library.load(without_gpu=True)
+    if found is None:
+        raise KernelError(
+            "The table of heuristics is the kernel library's, found none here; "
+            "`samoyeds env --build` makes one."
+        )
+    return found.heuristics
+
+
+def _kernel_library() -> str:
+    try:
+        found = library.load(without_gpu=True)
+    except KernelError as error:
+        return f"none: {_first_line(str(error))}"
+    if found is None:
+        return f"none: {_first_line(library.decide(may_build=False).reason)}"
+    return f"{found.path} ({found.build_info}; layout {found.layout})"
+
+
+def _first_line(text: str | None) -> str:
+    """Of a reason, as part of a sentence; the rest is the end of a compiler's log."""
+    return (text or "").partition("\n")[0].rstrip(".")
 
 
 def _format_version() -> int:

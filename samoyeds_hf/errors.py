@@ -27,3 +27,11 @@ class CheckpointError(SamoyedsError):
 
 class EvaluationError(SamoyedsError):
     """An evaluation that cannot run: unknown task, missing extra, unusable model."""
+
+
+class KernelError(SamoyedsError, RuntimeError):
+    """A kernel library that cannot be used, or a call that it refused; the message is its own."""
+
+
+class BuildError(KernelError):
+    """A kernel library that could not be built; the message names what is missing, or the log."""

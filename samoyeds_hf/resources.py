@@ -1,4 +1,4 @@
-"""Files beside the code: recipes, evaluation tasks, the bundled model."""
+"""Files beside the code: recipes, evaluation tasks, kernel sources, the bundled model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ def configs_dir() -> Path:
     """``configs/`` of a checkout, or the copy that a wheel carries."""
     bundled = _PACKAGE / "_configs"
     return bundled if bundled.is_dir() else _CHECKOUT / "configs"
+
+
+def kernels_dir() -> Path:
+    """``kernels/`` of a checkout, or the copy that a wheel carries: what libsamoyeds is made of."""
+    bundled = _PACKAGE / "_kernels"
+    return bundled if bundled.is_dir() else _CHECKOUT / "kernels"
+
+
+def shipped_library() -> Path:
+    """Where a wheel that was built with nvcc has the kernel library; there is none elsewhere."""
+    return _PACKAGE / "_lib" / "libsamoyeds.so"
 
 
 def recipe_path(name: str | Path) -> Path:

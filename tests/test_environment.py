@@ -14,10 +14,19 @@ import pytest
 import torch
 import transformers
 from checkpoints import convert, save_dense
+from stub_kernels import (
+    builds_of,
+    compile_stub,
+    needs_cmake,
+    needs_compiler,
+    write_nvcc,
+    write_sources,
+)
 from tiny_models import MIXTRAL
 
 import samoyeds_hf
-from samoyeds_hf import environment
+from samoyeds_hf import cli, environment, library
+from samoyeds_hf.errors import ConfigError, KernelError
 from samoyeds_hf.format import FORMAT_VERSION
 
 
@@ -37,10 +46,67 @@ def test_table() -> None:
     assert rows["transformers"] == transformers.__version__
     for name in ("safetensors", "huggingface_hub", "accelerate", "tokenizers"):
         assert rows[name] == metadata.version(name)
-    assert rows["kernel library"].startswith("none")
     assert rows["experts run in"] == environment.execution_path()
-    assert "slower than dense" in rows["experts run in"]
     assert "autoload" in rows
+
+
+def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = library.Decision(None, "The compiler failed (log: x.log).\n  the log's last line")
+    monkeypatch.setattr(library, "_decision", why)
+    monkeypatch.setattr(library, "load", lambda **_: None)
+    rows = described()
+    assert rows["kernel library"] == "none: The compiler failed (log: x.log)"
+    assert rows["experts run in"] == (
+        "plain torch, one expert at a time: right on every device, slower than dense "
+        "(The compiler failed (log: x.log))"
+    )
+    with pytest.raises(KernelError, match="found none here; `samoyeds env --build` makes one"):
+        environment.heuristics()
+
+
+@needs_compiler
+def test_with_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = compile_stub(tmp_path / "libsamoyeds.so", '-DINFO="sm_90a, CUDA 13.0"')
+    monkeypatch.setenv("SAMOYEDS_HF_LIBRARY", str(path))
+    monkeypatch.delenv("SAMOYEDS_HF_KERNELS", raising=False)
+    found = library.load(without_gpu=True)
+    assert described()["kernel library"] == f"{path} (sm_90a, CUDA 13.0; layout stub.v1)"
+    assert environment.heuristics().startswith("rule")
+    monkeypatch.setattr(library, "_decision", library.Decision(found))
+    kernels = "CUDA kernels (bf16, fp16); plain torch for fp32 and on the CPU"
+    assert described()["experts run in"] == kernels
+    monkeypatch.setenv("SAMOYEDS_HF_LIBRARY", str(tmp_path / "nowhere.so"))
+    assert described()["kernel library"].startswith("none: A kernel library must be a file")
+
+
+@needs_cmake
+def test_build_command(tmp_path: Path) -> None:
+    """``samoyeds env --build`` and ``--heuristics``, each in a process of its own."""
+    sources = write_sources(tmp_path / "kernels")
+    code = (
+        "import sys; from pathlib import Path; from samoyeds_hf import build, cli\n"
+        f"build.kernels_dir = lambda: Path({str(sources)!r})\n"
+        "cli.main()"
+    )
+    variables = {
+        "SAMOYEDS_HF_CACHE": str(tmp_path / "cache"),
+        "CUDA_HOME": str(write_nvcc(tmp_path / "cuda")),
+    }
+    command = ("env", "--build", "--arch", "90a", "--arch", "80")
+    done = run_python(code, *command, **variables)
+    assert "(80-real 90a-real, CUDA 13.0; layout stub.v1)" in done.stdout
+    assert "building the CUDA kernels for 80, 90a" in done.stderr
+    again = run_python(code, *command, **variables)
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+    assert builds_of(sources) == ["80-real;90a-real"]
+    table = run_python(code, "env", "--heuristics", **variables).stdout
+    assert table == "rule  measured\nnone  never\n"
+
+
+def test_architectures_without_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["samoyeds", "env", "--arch", "90a"])
+    with pytest.raises(ConfigError, match="found no --build; add it"):
+        cli.app(standalone_mode=False)
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +123,7 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert described()["GPU"] == "none"
     one = SimpleNamespace(name="GPU X", major=9, minor=0, total_memory=80_000_000_000)
+    monkeypatch.setattr(library, "_decision", library.Decision(None, "a test"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: one)
