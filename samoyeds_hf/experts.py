@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
-from samoyeds_hf import ops
-from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, stored_shapes
+from samoyeds_hf import ops, packed, packed_ops
 from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.sparse_module import SparseModule
 
-__all__ = ["SamoyedsExperts", "SamoyedsLinear", "SparseModule", "build_sparse"]
-
-
-class SparseModule(nn.Module):
-    """Holds weights as parameters ``name``, ``name_meta``, ``name_index`` (never trained).
-
-    Parameters and not buffers: only those are sharded over ranks and offloaded. The dense name on
-    the values is a guard: without this package transformers stops with a size mismatch there.
-    """
-
-    def __init__(self, dense: nn.Module, patterns: Mapping[str, SparsityPattern]) -> None:
-        super().__init__()
-        self.patterns = dict(patterns)
-        # Not registered as a child: an empty copy of the module replaced, for its gate function,
-        # its scalars, and unpatch_model.
-        vars(self)["_dense"] = _without_weights(dense)
-        for name, pattern in self.patterns.items():
-            weight = dense.get_parameter(name)
-            shapes = stored_shapes(weight.shape, pattern)
-            dtypes = (weight.dtype, torch.uint8, torch.uint8)
-            for suffix, shape, dtype in zip(SUFFIXES, shapes, dtypes, strict=True):
-                empty = torch.empty(shape, dtype=dtype, device="meta")
-                self.register_parameter(name + suffix, nn.Parameter(empty, requires_grad=False))
-
-    def stored(self, name: str) -> SparseWeight:
-        """The three tensors of one weight."""
-        return SparseWeight(*(self.get_parameter(name + suffix) for suffix in SUFFIXES))
-
-    def store(self, name: str, weight: SparseWeight) -> None:
-        """Replace the three tensors of one weight."""
-        for suffix, tensor in zip(SUFFIXES, weight, strict=True):
-            self.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
-
-    def dense_shape(self, name: str) -> torch.Size:
-        """Shape of one weight before it became sparse."""
-        return self._dense_module.get_parameter(name).shape
-
-    def to_dense(self) -> nn.Module:
-        """The module that was replaced, with the pruned weights."""
-        dense = copy.copy(self._dense_module)
-        dense._parameters = dict(dense._parameters)
-        for name, pattern in self.patterns.items():
-            weight = decode(self.stored(name), pattern)
-            trainable = dense.get_parameter(name).requires_grad
-            dense.register_parameter(name, nn.Parameter(weight, requires_grad=trainable))
-        return dense.train(self.training)
-
-    @property
-    def _dense_module(self) -> nn.Module:
-        module: nn.Module = vars(self)["_dense"]
-        return module
+__all__ = ["SamoyedsExperts", "SamoyedsLinear", "SparseModule", "build_sparse", "pack_model"]
 
 
 class SamoyedsExperts(SparseModule):
@@ -71,7 +20,8 @@ class SamoyedsExperts(SparseModule):
 
     Parameters (canonical tensors of :mod:`samoyeds_hf.format`; E experts, H hidden, I inner):
     ``gate_up_proj`` ``[E, 2I*N/M, H/2]`` and ``down_proj`` ``[E, H*N/M, I/2]`` in the model's
-    dtype, each with ``_meta`` and ``_index`` in uint8.
+    dtype, each with ``_meta`` and ``_index`` in uint8. Packed, on a GPU with kernels, only the two
+    in the model's dtype, ``[E, P]``; see :class:`SparseModule`.
     """
 
     def __init__(self, dense: nn.Module, patterns: Mapping[str, SparsityPattern]) -> None:
@@ -90,21 +40,45 @@ class SamoyedsExperts(SparseModule):
         top_k_weights: torch.Tensor,  # [T, K]
     ) -> torch.Tensor:
         """The weighted sum of each token's experts, ``[T, H]`` in the dtype of hidden_states."""
-        gate_up, down = self.stored("gate_up_proj"), self.stored("down_proj")
-        up_pattern, down_pattern = (
-            str(self.patterns[name]) for name in ("gate_up_proj", "down_proj")
-        )
-        hidden = hidden_states.to(gate_up.values.dtype)
-        out: torch.Tensor
+        hidden = hidden_states.to(self._tensor("gate_up_proj").dtype)
         if self.has_fused_gate:
-            out = ops.moe_mlp(
-                hidden, top_k_index, top_k_weights, *gate_up, *down, up_pattern, down_pattern
-            )
+            out = self._mlp(hidden, top_k_index, top_k_weights)
         else:
-            both = ops.moe_up(hidden, top_k_index, *gate_up, up_pattern)
-            inner = self._apply_gate(both).to(hidden.dtype)
-            out = ops.moe_down(inner, top_k_index, top_k_weights, *down, down_pattern)
+            inner = self._apply_gate(self._up(hidden, top_k_index)).to(hidden.dtype)
+            out = self._down(inner, top_k_index, top_k_weights)
         return out.to(hidden_states.dtype)
+
+    def _mlp(self, hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        patterns = (self._texts["gate_up_proj"], self._texts["down_proj"])
+        out: torch.Tensor
+        if self.is_packed:
+            weights = (self._tensor("gate_up_proj"), self._tensor("down_proj"))
+            inner = self.intermediate_dim
+            out = packed_ops.packed_mlp(hidden, *routing, *weights, inner, *patterns)
+        else:
+            stored = (*self.stored("gate_up_proj"), *self.stored("down_proj"))
+            out = ops.moe_mlp(hidden, *routing, *stored, *patterns)
+        return out
+
+    def _up(self, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        name, pattern = "gate_up_proj", self._texts["gate_up_proj"]
+        both: torch.Tensor
+        if self.is_packed:
+            rows = 2 * self.intermediate_dim
+            both = packed_ops.packed_up(hidden, top_k_index, self._tensor(name), rows, pattern)
+        else:
+            both = ops.moe_up(hidden, top_k_index, *self.stored(name), pattern)
+        return both
+
+    def _down(self, inner: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        name, pattern = "down_proj", self._texts["down_proj"]
+        out: torch.Tensor
+        if self.is_packed:
+            rows = self.hidden_dim
+            out = packed_ops.packed_down(inner, *routing, self._tensor(name), rows, pattern)
+        else:
+            out = ops.moe_down(inner, *routing, *self.stored(name), pattern)
+        return out
 
     def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
         """The model's own gate, ``[S, 2I]`` to ``[S, I]``, row by row."""
@@ -115,9 +89,8 @@ class SamoyedsExperts(SparseModule):
         """Sizes and pattern, as ``print(model)`` shows them."""
         up, down = (self.patterns[name] for name in ("gate_up_proj", "down_proj"))
         pattern = describe(up) if up == down else f"gate_up {describe(up)}, down {describe(down)}"
-        return (
-            f"{self.num_experts} experts, H={self.hidden_dim}, I={self.intermediate_dim}, {pattern}"
-        )
+        sizes = f"{self.num_experts} experts, H={self.hidden_dim}, I={self.intermediate_dim}"
+        return f"{sizes}, {pattern}" + ", packed" * self.is_packed
 
 
 class SamoyedsLinear(SparseModule):
@@ -129,16 +102,19 @@ class SamoyedsLinear(SparseModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., k]`` to ``[..., m]`` in the dtype of x."""
-        weight = self.stored("weight")
-        out: torch.Tensor = ops.linear(
-            x.to(weight.values.dtype), *weight, str(self.patterns["weight"])
-        )
+        pattern, weight = self._texts["weight"], self._tensor("weight")
+        out: torch.Tensor
+        if self.is_packed:
+            out = packed_ops.packed_linear(x.to(weight.dtype), weight, self.out_features, pattern)
+        else:
+            out = ops.linear(x.to(weight.dtype), *self.stored("weight"), pattern)
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and pattern, as ``print(model)`` shows them."""
         pattern = describe(self.patterns["weight"])
-        return f"in_features={self.in_features}, out_features={self.out_features}, {pattern}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {pattern}" + ", packed" * self.is_packed
 
 
 def build_sparse(dense: nn.Module, patterns: Mapping[str, SparsityPattern]) -> SparseModule:
@@ -148,23 +124,18 @@ def build_sparse(dense: nn.Module, patterns: Mapping[str, SparsityPattern]) -> S
     return SamoyedsExperts(dense, patterns)
 
 
+def pack_model(model: nn.Module) -> None:
+    """Pack every sparse module of a model that can be; says so where one on a GPU cannot."""
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            reason = module.pack_()
+            if reason is not None and any(tensor.is_cuda for tensor in module.parameters()):
+                packed.announce_plain_torch(reason)
+
+
 def describe(pattern: SparsityPattern) -> str:
     """``1:2 × V=64``, or ``2:4``."""
     return str(pattern) if pattern.v is None else f"{pattern.n}:{pattern.m} × V={pattern.v}"
-
-
-def _without_weights(module: nn.Module) -> nn.Module:
-    """A shallow copy whose own parameters are on meta; hooks of accelerate stay behind."""
-    shell = copy.copy(module)
-    shell._parameters = {
-        name: None
-        if parameter is None
-        else nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for name, parameter in module._parameters.items()
-    }
-    for name in ("_hf_hook", "_old_forward", "forward"):
-        vars(shell).pop(name, None)
-    return shell
 
 
 def _has_fused_gate(dense: nn.Module) -> bool:

@@ -8,6 +8,7 @@ headers and contents, before any of it can reach a kernel.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from samoyeds_hf.compress import compress
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.environment import announce_path
 from samoyeds_hf.errors import CheckpointError, SamoyedsError, UnsupportedModelError
-from samoyeds_hf.experts import SparseModule, build_sparse
+from samoyeds_hf.experts import SparseModule, build_sparse, pack_model
 from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.models import FUSED
 from samoyeds_hf.patch import unpatch_model
@@ -107,6 +108,10 @@ class SamoyedsHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, SparseModule):
                 module.requires_grad_(False)
+        pack_model(model)
+        # save_pretrained writes the number into the index of a sharded checkpoint; the files of a
+        # model must not depend on where it ran.
+        vars(model)["num_parameters"] = partial(count_parameters, model)
         # Sparse weights have no counterpart in the Hub's per-expert names, so saving reverts
         # nothing and writes the model's own names.
         model._weight_conversions = []
@@ -146,6 +151,13 @@ class SamoyedsHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes, so ``generate`` may compile."""
         return True
+
+
+def count_parameters(model: PreTrainedModel, only_trainable: bool = False, **kwargs: Any) -> int:
+    """``model.num_parameters()``, which counts canonical tensors also where weights are packed."""
+    total: int = type(model).num_parameters(model, only_trainable, **kwargs)
+    sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
+    return total if only_trainable else total + sum(module.num_uncounted for module in sparse)
 
 
 class SamoyedsEncode(ConversionOps):

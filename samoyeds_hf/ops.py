@@ -14,17 +14,20 @@ with ``register_kernel`` on the same operator):
   works on the current stream without host synchronisation, so that it can be captured in a graph.
 
 Patterns travel as text ("1:2:64"), because a schema has no type for them.
+
+On CUDA, in bf16 and fp16, the kernels run: the weights are packed at each call, which is right and
+slow. The modules keep their weights packed and call :mod:`samoyeds_hf.packed_ops` instead.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 
-from samoyeds_hf import reference
-from samoyeds_hf.format import VALUE_DTYPES, SparseWeight, decode, stored_shapes
-from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf import packed, packed_ops, reference
+from samoyeds_hf.checks import check_down, check_mlp, check_product, check_up, parse
+from samoyeds_hf.format import SparseWeight, decode
 
 __all__ = ["linear", "moe_down", "moe_mlp", "moe_up"]
 
@@ -52,8 +55,8 @@ def moe_mlp(
     """
     gate_up = SparseWeight(gate_up_proj, gate_up_proj_meta, gate_up_proj_index)
     down = SparseWeight(down_proj, down_proj_meta, down_proj_index)
-    up_pattern, low_pattern = _pattern(gate_up_pattern), _pattern(down_pattern)
-    _check_mlp(hidden, top_k_index, top_k_weights, gate_up, down, up_pattern, low_pattern)
+    up_pattern, low_pattern = parse(gate_up_pattern), parse(down_pattern)
+    check_mlp(hidden, top_k_index, top_k_weights, gate_up, down, up_pattern, low_pattern)
     return reference.moe_mlp(
         hidden, top_k_index, top_k_weights, gate_up, down, up_pattern, low_pattern
     )
@@ -75,8 +78,8 @@ def _moe_mlp_fake(
 ) -> torch.Tensor:
     gate_up = SparseWeight(gate_up_proj, gate_up_proj_meta, gate_up_proj_index)
     down = SparseWeight(down_proj, down_proj_meta, down_proj_index)
-    up_pattern, low_pattern = _pattern(gate_up_pattern), _pattern(down_pattern)
-    _check_mlp(hidden, top_k_index, top_k_weights, gate_up, down, up_pattern, low_pattern)
+    up_pattern, low_pattern = parse(gate_up_pattern), parse(down_pattern)
+    check_mlp(hidden, top_k_index, top_k_weights, gate_up, down, up_pattern, low_pattern)
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -94,8 +97,8 @@ def moe_up(
     A backend must fulfil what the module's docstring lists, and write zeros into rows whose choice
     belongs to no expert here: the model's gate sees every row.
     """
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    _check_up(hidden, top_k_index, weight, parsed)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    check_up(hidden, top_k_index, weight, parsed)
     return reference.grouped_linear(
         hidden, top_k_index.reshape(-1), weight, parsed, top_k_index.shape[1]
     )
@@ -110,8 +113,8 @@ def _moe_up_fake(
     index: torch.Tensor,
     pattern: str,
 ) -> torch.Tensor:
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    out_features = _check_up(hidden, top_k_index, weight, parsed)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    out_features = check_up(hidden, top_k_index, weight, parsed)
     return hidden.new_empty(top_k_index.shape[0] * top_k_index.shape[1], out_features)
 
 
@@ -130,8 +133,8 @@ def moe_down(
     A backend must fulfil what the module's docstring lists, and read no row whose choice belongs
     to no expert here: the model's gate may have left anything there.
     """
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    _check_down(inner, top_k_index, top_k_weights, weight, parsed)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    check_down(inner, top_k_index, top_k_weights, weight, parsed)
     rows = reference.grouped_linear(inner, top_k_index.reshape(-1), weight, parsed, 1)
     return reference.combine(rows, top_k_index, top_k_weights, values.shape[0])
 
@@ -146,8 +149,8 @@ def _moe_down_fake(
     index: torch.Tensor,
     pattern: str,
 ) -> torch.Tensor:
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    out_features = _check_down(inner, top_k_index, top_k_weights, weight, parsed)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    out_features = check_down(inner, top_k_index, top_k_weights, weight, parsed)
     return inner.new_empty(top_k_index.shape[0], out_features)
 
 
@@ -163,8 +166,8 @@ def linear(
 
     A backend must fulfil what the module's docstring lists; it is one expert that sees every row.
     """
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    _check_product(x, weight, parsed, num_lead=0)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    check_product(x, weight, parsed, num_lead=0)
     return torch.nn.functional.linear(x, decode(weight, parsed))
 
 
@@ -172,132 +175,61 @@ def linear(
 def _linear_fake(
     x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, index: torch.Tensor, pattern: str
 ) -> torch.Tensor:
-    weight, parsed = SparseWeight(values, meta, index), _pattern(pattern)
-    out_features = _check_product(x, weight, parsed, num_lead=0)
+    weight, parsed = SparseWeight(values, meta, index), parse(pattern)
+    out_features = check_product(x, weight, parsed, num_lead=0)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@lru_cache
-def _pattern(text: str) -> SparsityPattern:
-    return SparsityPattern.parse(text)
+@moe_mlp.register_kernel("cuda")
+def _moe_mlp_cuda(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    gate_up, down, texts = SparseWeight(*others[:3]), SparseWeight(*others[3:6]), others[6:]
+    routed, patterns = (hidden, top_k_index, top_k_weights), [parse(text) for text in texts]
+    check_mlp(*routed, gate_up, down, *patterns)
+    gate_up_now = packed.pack_now(gate_up, patterns[0], is_gate_up=True)
+    down_now = packed.pack_now(down, patterns[1])
+    if gate_up_now is None or down_now is None:
+        return reference.moe_mlp(*routed, gate_up, down, *patterns)
+    inner = down.values.shape[-1] * 2
+    out: torch.Tensor = packed_ops.packed_mlp(*routed, gate_up_now, down_now, inner, *texts)
+    return out
 
 
-def _check_product(
-    x: torch.Tensor, weight: SparseWeight, pattern: SparsityPattern, num_lead: int = 1
-) -> int:
-    """Shapes and dtypes of one product; returns its number of out features.
+@moe_up.register_kernel("cuda")
+def _moe_up_cuda(hidden: torch.Tensor, top_k_index: torch.Tensor, *others: Any) -> torch.Tensor:
+    weight, text = SparseWeight(*others[:3]), others[3]
+    out_features = check_up(hidden, top_k_index, weight, parse(text))
+    now = packed.pack_now(weight, parse(text), is_gate_up=True)
+    if now is None:
+        experts, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
+        return reference.grouped_linear(hidden, experts, weight, parse(text), top_k)
+    out: torch.Tensor = packed_ops.packed_up(hidden, top_k_index, now, out_features, text)
+    return out
 
-    ``num_lead`` is 1 for a weight with a dimension of experts, and 0 for a single matrix.
-    """
-    torch._check(
-        weight.values.dim() == num_lead + 2 and (x.dim() == 2 or num_lead == 0),
-        lambda: (
-            f"the input must have 2 dimensions and values {num_lead + 2}, found {list(x.shape)} "
-            f"and {list(weight.values.shape)}"
-        ),
+
+@moe_down.register_kernel("cuda")
+def _moe_down_cuda(
+    inner: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    weight, text = SparseWeight(*others[:3]), others[3]
+    out_features = check_down(inner, top_k_index, top_k_weights, weight, parse(text))
+    now = packed.pack_now(weight, parse(text))
+    if now is None:
+        rows = reference.grouped_linear(inner, top_k_index.reshape(-1), weight, parse(text), 1)
+        return reference.combine(rows, top_k_index, top_k_weights, weight.values.shape[0])
+    out: torch.Tensor = packed_ops.packed_down(
+        inner, top_k_index, top_k_weights, now, out_features, text
     )
-    *lead, kept, half_k = weight.values.shape
-    rows = kept // pattern.n * pattern.m
-    expected = stored_shapes((*lead, rows, half_k * 2), pattern)
-    found = tuple(tuple(tensor.shape) for tensor in weight)
-    torch._check(
-        found == expected,
-        lambda: f"values, meta and index must have the shapes {expected}, found {found}",
-    )
-    torch._check(
-        x.shape[-1] == half_k * 2,
-        lambda: f"the input must have {half_k * 2} features, found {x.shape[-1]}",
-    )
-    torch._check(
-        x.dtype == weight.values.dtype and x.dtype in VALUE_DTYPES,
-        lambda: (
-            f"input and values must share one dtype of {list(VALUE_DTYPES)}, found {x.dtype} and "
-            f"{weight.values.dtype}"
-        ),
-    )
-    torch._check(
-        weight.meta.dtype == weight.index.dtype == torch.uint8,
-        lambda: f"meta, index must be uint8, found {weight.meta.dtype}, {weight.index.dtype}",
-    )
-    return rows
+    return out
 
 
-def _check_routing(top_k_index: torch.Tensor, num_tokens: int, rows_of: str) -> None:
-    torch._check(
-        top_k_index.dtype == torch.int64 and top_k_index.dim() == 2,
-        lambda: (
-            f"top_k_index must be int64 [T, K], found {top_k_index.dtype} {list(top_k_index.shape)}"
-        ),
-    )
-    torch._check(
-        top_k_index.shape[0] == num_tokens,
-        lambda: (
-            f"top_k_index and {rows_of} must have as many tokens, found "
-            f"{top_k_index.shape[0]} and {num_tokens}"
-        ),
-    )
-
-
-def _check_weights(top_k_weights: torch.Tensor, top_k_index: torch.Tensor) -> None:
-    torch._check(
-        top_k_weights.shape == top_k_index.shape and top_k_weights.is_floating_point(),
-        lambda: (
-            f"top_k_weights must be floating with the shape of top_k_index "
-            f"{list(top_k_index.shape)}, found {top_k_weights.dtype} {list(top_k_weights.shape)}"
-        ),
-    )
-
-
-def _check_up(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, weight: SparseWeight, pattern: SparsityPattern
-) -> int:
-    out_features = _check_product(hidden, weight, pattern)
-    _check_routing(top_k_index, hidden.shape[0], "hidden")
-    return out_features
-
-
-def _check_down(
-    inner: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    weight: SparseWeight,
-    pattern: SparsityPattern,
-) -> int:
-    out_features = _check_product(inner, weight, pattern)
-    _check_routing(top_k_index, top_k_weights.shape[0], "top_k_weights")
-    _check_weights(top_k_weights, top_k_index)
-    num_rows = top_k_index.shape[0] * top_k_index.shape[1]
-    torch._check(
-        inner.shape[0] == num_rows,
-        lambda: f"there must be a row for each (token, choice), {num_rows}, found {inner.shape[0]}",
-    )
-    return out_features
-
-
-def _check_mlp(
-    hidden: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: SparseWeight,
-    down: SparseWeight,
-    gate_up_pattern: SparsityPattern,
-    down_pattern: SparsityPattern,
-) -> None:
-    two_i = _check_up(hidden, top_k_index, gate_up, gate_up_pattern)
-    _check_weights(top_k_weights, top_k_index)
-    inner = hidden.new_empty(0, down.values.shape[-1] * 2)
-    out_features = _check_product(inner, down, down_pattern)
-    torch._check(
-        gate_up.values.shape[0] == down.values.shape[0],
-        lambda: (
-            f"gate_up_proj and down_proj must have as many experts, found "
-            f"{gate_up.values.shape[0]} and {down.values.shape[0]}"
-        ),
-    )
-    torch._check(
-        two_i == inner.shape[1] * 2 and out_features == hidden.shape[1],
-        lambda: (
-            f"gate_up_proj [{two_i}, {hidden.shape[1]}] and down_proj [{out_features}, "
-            f"{inner.shape[1]}] do not form an MLP"
-        ),
-    )
+@linear.register_kernel("cuda")
+def _linear_cuda(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    weight, text = SparseWeight(*others[:3]), others[3]
+    out_features = check_product(x, weight, parse(text), num_lead=0)
+    now = packed.pack_now(SparseWeight(*(tensor[None] for tensor in weight)), parse(text))
+    if now is None:
+        return torch.nn.functional.linear(x, decode(weight, parse(text)))
+    out: torch.Tensor = packed_ops.packed_linear(x, now, out_features, text)
+    return out

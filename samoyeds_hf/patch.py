@@ -14,9 +14,9 @@ from samoyeds_hf.errors import ConfigError, UnsupportedModelError
 from samoyeds_hf.experts import SparseModule, build_sparse
 from samoyeds_hf.format import VALUE_DTYPES
 from samoyeds_hf.pattern import SparsityPattern
-from samoyeds_hf.report import PatchReport
+from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.resources import recipe_path
-from samoyeds_hf.selection import select
+from samoyeds_hf.selection import Assignment, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,16 +58,9 @@ def patch_model(
     selection = select(model, config)
     for name in selection.targets:
         _check_weight(name, model.get_parameter(name))
-    reports = []
+    reports: list[WeightReport] = []
     for assignment in selection.assignments:
-        dense = model.get_submodule(assignment.site.name)
-        sparse = build_sparse(dense, assignment.patterns)
-        for weight, assigned in assignment.patterns.items():
-            name = f"{assignment.site.name}.{weight}"
-            stored, report = compress(dense.get_parameter(weight), assigned, config.method, name)
-            sparse.store(weight, stored)
-            reports.append(report)
-        _replace(model, assignment.site.name, sparse)
+        reports += _make_sparse(model, assignment, config.method)
     _mark_quantized(model, config)
     return PatchReport(tuple(reports), selection.skipped, config.method)
 
@@ -93,11 +86,27 @@ def unpatch_model(model: PreTrainedModel) -> None:
         module = model.get_submodule(name)
         if isinstance(module, SparseModule):
             _replace(model, name, module.to_dense())
+    vars(model).pop("num_parameters", None)  # the sparse model's own, see hf.py
     model.hf_quantizer.remove_quantization_config(model)
     for submodule in model.modules():
         if hasattr(submodule, "config") and hasattr(submodule.config, "_is_quantized"):
             del submodule.config._is_quantized
     model._weight_conversions = None  # saved again under the names of the Hub
+
+
+def _make_sparse(model: nn.Module, assignment: Assignment, method: str) -> list[WeightReport]:
+    """Put the sparse module in place of one dense module."""
+    dense, reports = model.get_submodule(assignment.site.name), []
+    sparse = build_sparse(dense, assignment.patterns)
+    for weight, assigned in assignment.patterns.items():
+        name = f"{assignment.site.name}.{weight}"
+        stored, report = compress(dense.get_parameter(weight), assigned, method, name)
+        sparse.store(weight, stored)
+        reports.append(report)
+    _replace(model, assignment.site.name, sparse)
+    del dense  # its weights are freed before packing needs memory
+    sparse.pack_()
+    return reports
 
 
 def _check_patchable(model: Any) -> None:

@@ -3,7 +3,8 @@
     parallel_worker.py MODE RESULT.json DIRECTORY...
 
 Loads each directory split over the ranks and writes, for each: the logits' bits as a list, or the
-error; and how many experts this rank held.
+error; and how many experts this rank held. In mode "packed", emulated kernels serve the CPU; then
+also whether every module was packed, and whether its state is that of the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ import json
 import sys
 from typing import Any
 
+import emulated_kernels
+import pytest
 import torch
 import torch.distributed
+from safetensors.torch import load_file
 from tiny_models import PATTERN, tokens
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from samoyeds_hf import SamoyedsConfig, SamoyedsExperts
+from samoyeds_hf.experts import SparseModule
 
 
 def settings_for(mode: str, ranks: int) -> dict[str, Any]:
     if mode == "prune":
         return {**settings_for("expert", ranks), "quantization_config": SamoyedsConfig(PATTERN)}
+    if mode == "packed":
+        return settings_for("expert", ranks)
     if mode == "expert":
         known = inspect.signature(DistributedConfig).parameters  # grew with the releases
         parallel = {"ep_size": ranks} if "ep_size" in known else {"enable_expert_parallel": True}
@@ -35,8 +43,26 @@ def settings_for(mode: str, ranks: int) -> dict[str, Any]:
     return {"tp_plan": "auto"}
 
 
+def look_inside(model: Any, directory: str) -> dict[str, bool]:
+    saved = load_file(f"{directory}/model.safetensors")
+    state = {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    split = [name for name, tensor in model.state_dict().items() if isinstance(tensor, DTensor)]
+    modules = [module for module in model.modules() if isinstance(module, SparseModule)]
+    experts = [module for module in modules if isinstance(module, SamoyedsExperts)]
+    return {
+        "packed": all(module.is_packed for module in modules),
+        "split": sum(".experts." in name for name in split) == 6 * len(experts),
+        "same state": all(torch.equal(state[name], saved[name]) for name in saved),
+    }
+
+
 def main(mode: str, result: str, *directories: str) -> None:
     torch.distributed.init_process_group("gloo")
+    if mode == "packed":
+        emulated_kernels.install(pytest.MonkeyPatch())
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = {}
     for directory in directories:
@@ -48,6 +74,8 @@ def main(mode: str, result: str, *directories: str) -> None:
                 logits = model(tokens(), use_cache=False).logits
             held = [m.num_experts for m in model.modules() if isinstance(m, SamoyedsExperts)]
             results[directory] = {"logits": logits.tolist(), "experts": held}
+            if mode == "packed":
+                results[directory] |= look_inside(model, directory)
         except Exception as error:
             results[directory] = {"error": f"{type(error).__name__}: {error}"}
     if (

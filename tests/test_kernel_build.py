@@ -1,0 +1,201 @@
+"""The real kernels on a machine without a GPU: every architecture compiles, and to what it should.
+
+One source for one architecture is one test, so that workers share the work; what is compiled and
+how is what CMake says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from samoyeds_hf.interface import SIGNATURES, KernelLibrary, Weight
+from samoyeds_hf.toolchain import ARCHITECTURES
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+SOURCES = sorted(path.name for path in (KERNELS / "src").glob("*.cu"))
+NO_SPILLS = "0 bytes spill stores, 0 bytes spill loads"
+TRAP_BYTES = 512  # 32 instructions, most of them padding
+MACHINES = ("80", "86", "89", "90a")  # what there is machine code for
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(shutil.which, ("nvcc", "g++", "cmake"))), reason="no nvcc, g++ or cmake on PATH"
+    ),
+]
+
+
+def configure(folder: Path, *options: str) -> None:
+    command = ["cmake", "-S", str(KERNELS), "-B", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CMake's folder for what a wheel ships; nothing is built in it."""
+    folder = tmp_path_factory.mktemp("configured")
+    configure(folder, "-DSAMOYEDS_VERBOSE_PTXAS=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(configured: Path) -> dict[str, list[str]]:
+    """The compiler call of each source."""
+    database = json.loads((configured / "compile_commands.json").read_text())
+    return {Path(entry["file"]).name: shlex.split(entry["command"]) for entry in database}
+
+
+def test_a_wheel_holds_every_architecture(commands: dict[str, list[str]]) -> None:
+    assert sorted(commands) == SOURCES
+    wanted = {f"--generate-code=arch=compute_{name},code=[sm_{name}]" for name in MACHINES}
+    wanted.add("--generate-code=arch=compute_90,code=[compute_90]")  # PTX
+    assert len(wanted) == len(ARCHITECTURES)
+    for source, command in commands.items():
+        flags = {part for part in command if part.startswith("--generate-code")}
+        assert flags == wanted, source
+        assert "-Werror=all-warnings" in command
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_to_what_it_should(
+    source: str, arch: str, configured: Path, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    command = [part for part in commands[source] if not part.startswith("--generate-code")]
+    command = command[: command.index("-c")]  # then input and output follow
+    machine = f"--generate-code=arch=compute_{arch},code=sm_{arch}"
+    output = tmp_path / "out.cubin"
+    command += [machine, "-cubin", "-o", str(output), str(KERNELS / "src" / source)]
+    done = subprocess.run(command, cwd=configured, capture_output=True, text=True, check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+
+    assert "C7510" not in printed, printed  # wgmma that waits for each other
+    kernels = kernels_of(output)
+    spills = dict(re.findall(r"properties for (\S+)\n.* (\d+ bytes spill .* loads)", printed))
+    assert set(kernels) <= set(spills)
+    spilling = [f"{text} in {name}" for name, text in spills.items() if text != NO_SPILLS]
+    assert not spilling, "\n".join(spilling)
+    if "ssmm" in source:
+        # a kernel that only sm_90a can run is elsewhere nothing but a trap
+        real = {name: code for name, code in kernels.items() if len(code) > TRAP_BYTES}
+        assert real
+        assert arch != "90a" or real == kernels
+        without = [name for name, code in real.items() if not any(sparse_products(code))]
+        assert not without, "\n".join(without)
+
+
+PRODUCTS = r"""
+#define PRODUCT(name, type, kind, shape, b, e) \
+  extern "C" __global__ void name(float* d, const unsigned* a) { \
+    asm volatile("mma" kind ".sync.aligned." shape ".row.col.f32." type "." type ".f32 " \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, " b ", {%0, %1, %2, %3}" e ";" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])); \
+  }
+#define SPARSE(name, type, selector) \
+  PRODUCT(name, type, ".sp::ordered_metadata", "m16n8k32", "{%4, %5, %6, %7}", ", %4, " selector)
+#define DENSE(name, type) PRODUCT(name, type, "", "m16n8k16", "{%4, %5}", "")
+SPARSE(sparse_bf16, "bf16", "0x0")
+SPARSE(sparse_fp16, "f16", "0x1")
+DENSE(dense_bf16, "bf16")
+DENSE(dense_fp16, "f16")
+"""
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+def test_sparse_products_are_told_from_dense_ones(arch: str, tmp_path: Path) -> None:
+    """The reading of machine code below, on kernels whose single product is known."""
+    (tmp_path / "products.cu").write_text(PRODUCTS)
+    command = ["nvcc", f"-arch=sm_{arch}", "-cubin", "products.cu", "-o", "products.cubin"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    found = kernels_of(tmp_path / "products.cubin")
+    count = {name: sum(sparse_products(code)) for name, code in found.items()}
+    assert count == {"sparse_bf16": 1, "sparse_fp16": 1, "dense_bf16": 0, "dense_fp16": 0}
+
+
+def kernels_of(cubin: Path) -> dict[str, bytes]:
+    """Machine code by kernel: the sections .text.* of an ELF file."""
+    data = cubin.read_bytes()
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_size, entries, names_index = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * entry_size) for i in range(entries)]
+    names_at = headers[names_index][4]
+    code = {}
+    for name_at, _, _, _, start, size in headers:
+        name = data[names_at + name_at :].split(b"\0", 1)[0].decode()
+        if name.startswith(".text."):
+            code[name.removeprefix(".text.")] = data[start : start + size]
+    return code
+
+
+def sparse_products(code: bytes) -> Iterator[bool]:
+    """For each tensor core product (HMMA) of 16-byte instructions whether it is a sparse one."""
+    for low, high in struct.iter_unpack("<QQ", code):
+        if low & 0xFFF == 0x23C:
+            yield high & 0x4200 == 0x4200
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
+    """The library with nothing but PTX: no machine code to wait for. One for all workers."""
+    folder = tmp_path_factory.getbasetemp().parent / f"library-{testrun_uid}"
+    options = ["-DCMAKE_CUDA_ARCHITECTURES=90-virtual", "-DCMAKE_CUDA_FLAGS=--no-compress"]
+    command = ["cmake", "--build", str(folder), "--parallel", "2"]
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "libsamoyeds.so").exists():
+            configure(folder, *options)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "libsamoyeds.so"
+
+
+def test_exports_are_the_headers_functions(library: Path) -> None:
+    printed = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True)
+    assert sorted(line.split()[-1] for line in printed.splitlines()) == sorted(SIGNATURES)
+    needed = subprocess.check_output(["readelf", "-d", library], text=True)
+    libraries = re.findall(r"NEEDED.*\[(\w+)", needed)
+    # neither torch nor Python, nor a CUDA runtime or driver that a machine may lack
+    assert set(libraries) <= {"libstdc", "libm", "libc", "libgcc_s", "ld", "libdl", "libpthread"}
+
+
+def test_library_loads_without_gpu(library: Path) -> None:
+    found = KernelLibrary(library)
+    assert re.fullmatch(r"compute_90, CUDA \d+\.\d+\.\d+", found.build_info)
+    assert found.layout == "m16k128.v1"
+    assert found.heuristics.count("\n") > 3
+    weight = Weight(num_experts=2, rows=64, cols=128, n=1, m=2, v=32)
+    num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(weight))
+    assert num_bytes == 2 * 2 * (2304 + 16)  # two tiles of 16 kept rows, one block of 128 columns
+    weight.cols = 126
+    assert found.handle.samoyeds_packed_bytes(ctypes.byref(weight)) < 0
+    assert "126" in found.handle.samoyeds_last_error().decode()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_an_error_with_text(library: Path) -> None:
+    found = KernelLibrary(library)
+    status = found.handle.samoyeds_prepare(0)
+    assert status != 0
+    assert found.handle.samoyeds_last_error()
+
+
+def test_ptx_for_later_gpus(library: Path) -> None:
+    data = library.read_bytes()
+    assert b".target sm_90" in data
+    assert b"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16" in data
