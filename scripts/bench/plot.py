@@ -6,49 +6,130 @@ python scripts/bench/plot.py    # writes a PNG beside each CSV
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+from targets import TARGET_PATTERN, target_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+OURS = "samoyeds"
+
+Rows = list[dict[str, str]]
 
 
-def rows_of(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(newline="") as file:
+def rows_of(path: Path) -> Rows:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def plot_layer() -> None:
-    """Time of one expert layer over tokens, a panel a model."""
-    rows = rows_of("layer_cuda.csv")
+# --- one layer ------------------------------------------------------------------------------------
+
+
+def plot_experts(rows: Rows) -> plt.Figure:
+    """Times the best dense path, and share of the byte floor, over tokens; a column a model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for row in rows:
-            if row["model"] == model:
-                label = " ".join(filter(None, (row["path"], row["pattern"])))
-                lines[label].append((int(row["tokens"]), float(row["p50_us"]) / 1e3))
-        for label, points in lines.items():
-            style = "-" if label.startswith("sparse") else "--"
-            axis.plot(*zip(*points, strict=True), style, marker="o", label=label)
-        axis.set(xscale="log", yscale="log", title=model, xlabel="tokens", ylabel="ms (median)")
-        axis.legend(fontsize=8)
-    first = rows[0]
-    figure.suptitle(
-        f"One expert layer, bf16, lower is better: {first['gpu']}, torch {first['torch']}, "
-        f"transformers {first['transformers']}, commit {first['commit']}"
+    figure, axes = plt.subplots(
+        2, len(models), figsize=(4 * len(models), 7), squeeze=False, sharex=True, sharey="row"
     )
-    save(figure, "layer_cuda.png")
+    for column, model in enumerate(models):
+        speed, share = axes[:, column]
+        ours = [row for row in rows if row["model"] == model and row["path"] == OURS]
+        for pattern in dict.fromkeys(row["pattern"] for row in ours):
+            points = sorted(
+                (int(row["tokens"]), float(row["x_best_dense"]), float(row["share_of_floor"]))
+                for row in ours
+                if row["pattern"] == pattern
+            )
+            tokens, speedups, shares = zip(*points, strict=True)
+            speed.plot(tokens, speedups, marker="o", markersize=3, label=pattern)
+            share.plot(tokens, shares, marker="o", markersize=3, label=pattern)
+        _draw_targets(speed, share, model, ours)
+        speed.axhline(1, color="grey", linewidth=0.8)
+        speed.set(title=model, xscale="log")
+        share.set(xlabel="tokens", ylim=(0, 1.05))
+    axes[0, 0].set_ylabel("x the best dense path")
+    axes[1, 0].set_ylabel("share of the byte floor")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(
+        "One layer of experts, bf16: higher is better, - is the target at "
+        f"{TARGET_PATTERN}\n{caption(rows)}",
+        fontsize=10,
+    )
+    return figure
 
 
-def plot_encode() -> None:
+def _draw_targets(speed: plt.Axes, share: plt.Axes, model: str, ours: Rows) -> None:
+    """Ticks where TARGET_PATTERN should be."""
+    for tokens in sorted({int(row["tokens"]) for row in ours}):
+        target = target_of(model, tokens, TARGET_PATTERN)
+        if target:
+            speed.plot(tokens, target.speedup, marker="_", color="black", markersize=14)
+        if target and target.share:
+            share.plot(tokens, target.share, marker="_", color="black", markersize=14)
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+PANELS = (  # title, phase, metric
+    ("prefill of 4096 tokens, ms (lower is better)", "prefill", "p50_ms"),
+    ("decode, tokens/s at each batch", "decode", "tokens_per_s"),
+    ("largest batch at 4096 context", "batch", "largest_batch"),
+    ("weights, GB (lower is better)", "make", "weights_gb"),
+)
+
+
+def plot_model(rows: Rows) -> plt.Figure:
+    """A bar for each side, a panel for each measure; a row a model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(
+        len(models), len(PANELS), figsize=(4 * len(PANELS), 3.4 * len(models)), squeeze=False
+    )
+    for model, line in zip(models, axes, strict=True):
+        for axis, (title, phase, metric) in zip(line, PANELS, strict=True):
+            shown = [
+                row
+                for row in rows
+                if (row["model"], row["phase"], row["metric"]) == (model, phase, metric)
+            ]
+            _draw_bars(axis, shown)
+            axis.set_title(title, fontsize=9)
+        line[0].set_ylabel(model)
+        handles, labels = line[0].get_legend_handles_labels()
+        line[-1].legend(handles, labels, fontsize=7)
+    figure.suptitle(f"Whole models, bf16, random weights\n{caption(rows)}", fontsize=10)
+    return figure
+
+
+def _draw_bars(axis: plt.Axes, rows: Rows) -> None:
+    """Groups by batch, a bar for each side and pattern in them."""
+    batches = sorted({row["batch"] for row in rows}, key=lambda text: int(text or 0))
+    sides = list(dict.fromkeys((row["side"], row["pattern"], row["modules"]) for row in rows))
+    for number, side in enumerate(sides):
+        heights = {
+            row["batch"]: float(row["value"])
+            for row in rows
+            if (row["side"], row["pattern"], row["modules"]) == side
+        }
+        places = [place + 0.3 * number for place, batch in enumerate(batches) if batch in heights]
+        values = [heights[batch] for batch in batches if batch in heights]
+        bars = axis.bar(places, values, width=0.28, label=" ".join(filter(None, side)))
+        axis.bar_label(bars, fmt="%.4g", fontsize=7)
+    axis.set_xticks([place + 0.15 for place in range(len(batches))], batches)
+    if len(batches) > 1:
+        axis.set(yscale="log", xlabel="batch")
+    axis.margins(y=0.15)  # room for the numbers
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+def plot_encode(rows: Rows) -> plt.Figure:
     """Throughput of each step, a group of bars a shape and pattern."""
-    rows = rows_of("encode_cpu.csv")
     cases = list(dict.fromkeys((row["shape"], row["pattern"]) for row in rows))
     steps = ("mask", "encode", "mask + encode", "decode")
     figure, axis = plt.subplots(figsize=(11, 4))
@@ -69,16 +150,37 @@ def plot_encode() -> None:
         f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}, "
         f"commit {first['commit']}"
     )
-    save(figure, "encode_cpu.png")
+    return figure
 
 
-def save(figure: plt.Figure, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(RESULTS / name, dpi=100)
-    plt.close(figure)
-    print(RESULTS / name)
+PLOTS: dict[str, Callable[[Rows], plt.Figure]] = {
+    "experts_h200.csv": plot_experts,
+    "model_h200.csv": plot_model,
+    "encode_cpu.csv": plot_encode,
+}
+
+
+def caption(rows: Rows) -> str:
+    """Where the numbers come from; several commits where rows were measured again."""
+    first, commits = rows[0], dict.fromkeys(row["commit"] for row in rows)
+    return (
+        f"{first['gpu']}, CUDA {first['cuda']}, torch {first['torch']}, "
+        f"transformers {first['transformers']}, commit {', '.join(commits)}"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plot the given CSV files, which go by these names, or all that are there."""
+    paths = [Path(text) for text in argv] or [RESULTS / name for name in PLOTS]
+    for path in paths:
+        if not argv and not path.exists():
+            continue
+        figure = PLOTS[path.name](rows_of(path))
+        figure.tight_layout()
+        figure.savefig(path.with_suffix(".png"), dpi=100)
+        plt.close(figure)
+        print(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    plot_layer()
-    plot_encode()
+    main(sys.argv[1:])
