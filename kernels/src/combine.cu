@@ -49,20 +49,41 @@ __global__ void combine_kernel(Combine args) {
   const int column = static_cast<int>(number % per_token) * kWidth;
   const std::int64_t plane = static_cast<std::int64_t>(args.num_tokens) * args.top_k * args.columns;
   float total[kWidth] = {};
-  for (int choice = 0; choice < args.top_k; ++choice) {
-    const int pair = token * args.top_k + choice;
-    if (!belongs_here(args.top_k_index, pair, args.num_experts)) continue;
-    const float weight = routing_weight(args, pair);
-    const Row* from = static_cast<const Row*>(args.rows) +
-                      static_cast<std::int64_t>(pair) * args.columns + column;
-    float sum[kWidth] = {};
-    for (int split = 0; split < args.splits; ++split) {
-      const auto part = *reinterpret_cast<const Vector<Row, kWidth>*>(from + split * plane);
+  // Several choices at a time, so that their rows are on the way together.
+  constexpr int kAtOnce = 4;
+  for (int first = 0; first < args.top_k; first += kAtOnce) {
+    float weight[kAtOnce], sum[kAtOnce][kWidth];
+    bool is_here[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum[i] += widen(part.at[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pair = token * args.top_k + first + i;
+      is_here[i] = first + i < args.top_k && belongs_here(args.top_k_index, pair, args.num_experts);
+      weight[i] = is_here[i] ? routing_weight(args, pair) : 0.f;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum[i][j] = 0.f;
+    }
+    for (int split = 0; split < args.splits; ++split) {
+      Vector<Row, kWidth> part[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (!is_here[i]) continue;
+        const std::int64_t pair = token * args.top_k + first + i;
+        part[i] = *reinterpret_cast<const Vector<Row, kWidth>*>(
+            static_cast<const Row*>(args.rows) + split * plane + pair * args.columns + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWidth && is_here[i]; ++j) sum[i][j] += widen(part[i].at[j]);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) total[i] = fmaf(weight, sum[i], total[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWidth && is_here[i]; ++j) {
+        total[j] = fmaf(weight[i], sum[i][j], total[j]);
+      }
+    }
   }
   Vector<T, kWidth> result;
 #pragma unroll

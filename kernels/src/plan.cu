@@ -24,16 +24,18 @@ struct Rule {
 constexpr double kAny = 1e30;
 constexpr int kHopper = 90, kNewest = 9999;
 constexpr Rule kRules[] = {
-    {80, kNewest, 0, 7, 0.9, {1, 1, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 7, 0.8, {1, 1, 8, 1, 1, 0, 2, 0}, "TBD"},
     {80, kNewest, 0, 2, 0, {1, 1, 2, 1, 4, 0, 2, 0}, "TBD"},
     {80, kNewest, 0, 7, 0, {1, 1, 4, 1, 2, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, 13, 0, {1, 2, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 12, 0, {1, 2, 8, 1, 1, 0, 2, 0}, "TBD"},
+    {80, kNewest, 0, 20, 0, {1, 4, 8, 1, 1, 0, 2, 0}, "TBD"},
     {kHopper, kHopper, 64, kAny, 0, {4, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
     {80, kNewest, 0, 28, 0, {1, 4, 8, 1, 1, 0, 2, 0}, "TBD"},
     {80, kNewest, 0, kAny, 0, {2, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
 };
 
 constexpr int kMaxSplits = 8;
+constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, for each thread block
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
@@ -59,17 +61,25 @@ int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPla
   return 0;
 }
 
+int steps_of(const Layout& layout, const SamoyedsPlan& plan) {
+  return ceil_div(layout.blocks, static_cast<int>(plan.warps_k));
+}
+
+// A part of k must be long enough to fill the pipeline.
+int max_splits(const Layout& layout, const SamoyedsPlan& plan) {
+  return std::min(kMaxSplits, std::max(1, steps_of(layout, plan) / 4));
+}
+
 // Splits of k that leave the fewest thread blocks idle in the last wave.
 int best_splits(const Device& device, const Layout& layout, const SsmmVariant& variant,
                 const SamoyedsPlan& plan, const Load& load) {
   const double slots = static_cast<double>(device.num_sms) * plan.blocks_per_sm;
   const double tiles_n = load.experts_hit * std::ceil(load.tokens_each / variant.tokens);
   const int tiles_m = ceil_div(layout.tiles, variant.tiles_m);
-  // A part of k must be long enough to fill the pipeline.
-  const int steps = ceil_div(layout.blocks, static_cast<int>(plan.warps_k));
+  const int steps = steps_of(layout, plan);
   int best = 1;
   double best_cost = 1e30;
-  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits * 4 <= steps); ++splits) {
+  for (int splits = 1; splits <= max_splits(layout, plan); ++splits) {
     const double items = tiles_n * tiles_m * splits;
     // Each item also costs about half a step of its own.
     const double cost = std::ceil(items / slots) * (static_cast<double>(steps) / splits + 0.5);
@@ -143,7 +153,8 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     SamoyedsPlan plan = rule.plan;
     const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
     const double items = load.experts_hit * std::ceil(load.tokens_each / variant.tokens) *
-                         ceil_div(layout.tiles, variant.tiles_m);
+                         ceil_div(layout.tiles, variant.tiles_m) *
+                         (is_down ? max_splits(layout, plan) : 1);
     if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
     plan.stages = largest_stages(device, variant, plan);
     if (plan.stages < 3 && plan.blocks_per_sm > 1) {
@@ -152,7 +163,7 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     }
     if (plan.stages < 2) continue;
     // Many rows in fp32, one for each split, would be the largest traffic of the layer.
-    const bool may_split = is_down && num_tokens * top_k <= kMaxPartialPairs;
+    const bool may_split = is_down && num_tokens * top_k <= kMaxSplitPairs;
     plan.splits = may_split ? best_splits(device, layout, variant, plan, load) : 1;
     return plan;
   }

@@ -1,8 +1,9 @@
 // From the router's choice to token lists: a stable counting sort of the pairs by expert.
 //
-// One thread block: each of its warps owns a run of pairs and a histogram, so that places follow
-// from prefix sums alone and equal inputs give equal lists. It reads the choices twice, 16 us for
-// 131072 pairs; a product of that size takes a hundred times as long.
+// Each thread block owns a run of pairs, each of its warps a part of that with a histogram of its
+// own, so that places follow from prefix sums alone and equal inputs give equal lists. What the
+// other blocks' runs hold it counts itself: reading all choices from the L2 costs less than a
+// second kernel and needs no memory.
 #include "samoyeds/launch.hpp"
 #include "samoyeds/ptx.cuh"
 
@@ -11,7 +12,9 @@ namespace {
 
 constexpr int kMaxRouteWarps = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kAhead = 8;  // loads in flight a lane
+constexpr int kAhead = 8;        // loads in flight a lane
+constexpr int kRunPairs = 2048;  // of a thread block, unless there are more than ...
+constexpr int kMaxRouteBlocks = 64;
 
 struct RouteArgs {
   const std::int64_t* top_k_index;
@@ -21,22 +24,22 @@ struct RouteArgs {
   int* num_tiles;
 };
 
-// Calls visit(pair, expert or -1) for this warp's pairs, 32 at a time, in order.
+// Calls visit(pair, expert or -1) for the pairs from `begin` on, `step` lanes at a time, in order;
+// each lane of a warp is called as often as the others.
 template <typename Visit>
-__device__ void for_each_pair(const RouteArgs& args, Visit&& visit) {
-  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const int run = ceil_div(args.num_pairs, static_cast<int>(blockDim.x)) * kWarpThreads;
-  const int end = min(args.num_pairs, (warp + 1) * run);
-  for (int base = warp * run; base < end; base += kAhead * kWarpThreads) {
+__device__ void for_each_pair(const RouteArgs& args, int begin, int end, int step, Visit&& visit) {
+  for (int base = begin; base < end; base += kAhead * step) {
+    const int own = base + threadIdx.x % step;
     int expert[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int pair = base + i * kWarpThreads + lane;
-      const std::int64_t e = pair < end ? args.top_k_index[pair] : -1;
+      const std::int64_t e = own + i * step < end ? args.top_k_index[own + i * step] : -1;
       expert[i] = e >= 0 && e < args.num_experts ? static_cast<int>(e) : -1;
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) visit(base + i * kWarpThreads + lane, expert[i]);
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i * step < end) visit(own + i * step, expert[i]);
+    }
   }
 }
 
@@ -58,33 +61,62 @@ __device__ int prefix_sums(int num_experts, Value&& value, Store&& store) {
   return total;
 }
 
+// Adds the pairs begin .. end - 1 to counts[E], by all threads of the block.
+__device__ void count_pairs(const RouteArgs& args, int begin, int end, int* counts) {
+  for_each_pair(args, begin, end, blockDim.x, [&](int, int expert) {
+    // Many pairs of one expert would wait for each other: a warp that agrees adds once.
+    int agree;
+    __match_all_sync(kAll, expert, &agree);
+    if (expert < 0) return;
+    if (!agree) {
+      atomicAdd(&counts[expert], 1);
+    } else if (threadIdx.x % kWarpThreads == 0) {
+      atomicAdd(&counts[expert], kWarpThreads);
+    }
+  });
+}
+
 __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(RouteArgs args) {
   ptx::let_next_kernel_start();
-  extern __shared__ int counts[];  // [warps][E], then [E] totals, first pairs, first tiles
+  // [warps][E] counts of this block's run, then [E] each: pairs of the runs before it and after it,
+  // all pairs, first pair, first tile.
+  extern __shared__ int counts[];
   const int num_experts = args.num_experts, num_warps = blockDim.x / kWarpThreads;
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   int* own = counts + warp * num_experts;
-  int* totals = counts + num_warps * num_experts;
+  int* before = counts + num_warps * num_experts;
+  int* after = before + num_experts;
+  int* totals = after + num_experts;
   int* first_pair = totals + num_experts;
   int* first_tile = first_pair + num_experts;
 
-  for (int e = lane; e < num_experts; e += kWarpThreads) own[e] = 0;
-  __syncwarp();
-  for_each_pair(args, [&](int, int expert) {
+  for (int i = threadIdx.x; i < (num_warps + 2) * num_experts; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  const int run = ceil_div(args.num_pairs, static_cast<int>(gridDim.x));
+  const int run_begin = min(blockIdx.x * run, args.num_pairs);
+  const int run_end = min(run_begin + run, args.num_pairs);
+  if (gridDim.x > 1) {
+    count_pairs(args, 0, run_begin, before);
+    count_pairs(args, run_end, args.num_pairs, after);
+  }
+  const int part = ceil_div(run, static_cast<int>(blockDim.x)) * kWarpThreads;
+  const int part_begin = min(run_begin + warp * part, run_end);
+  const int part_end = min(part_begin + part, run_end);
+  for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int, int expert) {
     const unsigned same = __match_any_sync(kAll, expert);
     if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
     __syncwarp();
   });
   __syncthreads();
-  // A warp's count becomes the number of pairs in the warps before it.
+  // A warp's count becomes the number of pairs before its part.
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    int sum = 0;
+    int sum = before[e];
     for (int w = 0; w < num_warps; ++w) {
       const int count = counts[w * num_experts + e];
       counts[w * num_experts + e] = sum;
       sum += count;
     }
-    totals[e] = sum;
+    totals[e] = sum + after[e];
   }
   __syncthreads();
   const auto tiles_of = [&](int e) { return ceil_div(totals[e], args.tile_tokens); };
@@ -95,7 +127,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
   } else if (warp == 1) {
     const int total =
         prefix_sums(num_experts, tiles_of, [&](int e, int sum) { first_tile[e] = sum; });
-    if (lane == 0) *args.num_tiles = total;
+    if (lane == 0 && blockIdx.x == 0) *args.num_tiles = total;
   }
   __syncthreads();
 
@@ -109,7 +141,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
   // A thread writes the first tiles of an expert, a warp those of experts that have many.
   constexpr int kFew = 4;
   bool has_many = false;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+  for (int e = threadIdx.x; e < num_experts && blockIdx.x == 0; e += blockDim.x) {
     for (int i = 0; i < min(kFew, tiles_of(e)); ++i) write_tile(e, i);
     has_many |= tiles_of(e) > kFew;
   }
@@ -118,7 +150,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
       for (int i = kFew + lane; i < tiles_of(e); i += kWarpThreads) write_tile(e, i);
     }
   }
-  for_each_pair(args, [&](int pair, int expert) {
+  for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int pair, int expert) {
     const unsigned same = __match_any_sync(kAll, expert);
     if (expert >= 0) {
       const int before = __popc(same & ((1u << lane) - 1));
@@ -142,11 +174,13 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
   // A thread for each pair and expert; two warps at least, as one sums pairs and one tiles.
   const int wanted = ceil_div(num_pairs > num_experts ? num_pairs : num_experts, kWarpThreads);
   const int num_warps = wanted < 2 ? 2 : wanted > kMaxRouteWarps ? kMaxRouteWarps : wanted;
-  const int shared = (num_warps + 3) * num_experts * static_cast<int>(sizeof(int));
+  const int runs = ceil_div(num_pairs, kRunPairs);
+  const int num_blocks = runs < 1 ? 1 : runs > kMaxRouteBlocks ? kMaxRouteBlocks : runs;
+  const int expert_bytes = (num_warps + 5) * static_cast<int>(sizeof(int));
+  const int shared = expert_bytes * num_experts;
   if (shared > stream.device.block_shared_bytes) {
     return unsupported("routing needs at most " +
-                       std::to_string(stream.device.block_shared_bytes /
-                                      ((num_warps + 3) * static_cast<int>(sizeof(int)))) +
+                       std::to_string(stream.device.block_shared_bytes / expert_bytes) +
                        " experts on this GPU, found " + std::to_string(num_experts));
   }
   if (shared > 48 * 1024) {
@@ -157,7 +191,7 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
     }
   }
   const RouteArgs args{top_k_index, num_pairs, num_experts, tile_tokens, pairs, tiles, num_tiles};
-  return launch(stream, route_kernel, 1, num_warps * kWarpThreads, shared, args);
+  return launch(stream, route_kernel, num_blocks, num_warps * kWarpThreads, shared, args);
 }
 
 }  // namespace samoyeds

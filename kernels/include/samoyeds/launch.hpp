@@ -63,7 +63,7 @@ const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype);
 
 // Above so many rows the down product's results are stored in the model's dtype, as dense torch
 // does: in fp32 they would be the largest traffic of the layer.
-inline constexpr std::int64_t kMaxPartialPairs = 4096;
+inline constexpr std::int64_t kMaxPartialPairs = 512;
 
 // Shared memory of a plan, and whether a device can run it for a weight.
 int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan);

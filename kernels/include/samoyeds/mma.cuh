@@ -63,7 +63,7 @@ struct Accumulators {
 
 // One block of 128 columns. `weights` and `tokens` are this warp's in shared memory. The odd-row
 // bits change at most every kSwitchPeriod steps; 0: never.
-template <typename T, int kSwitchPeriod, int kMFrags, int kNFrags>
+template <typename T, int kSwitchPeriod, int kLive, int kMFrags, int kNFrags>
 __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& acc,
                                                std::uint32_t weights, std::uint32_t tokens) {
   const int lane = threadIdx.x % kWarpThreads;
@@ -88,9 +88,9 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
       }
       // Lane l addresses chunk l/8 of the step's four, row l%8 of the fragment's eight.
       const int chunk = step * kStepCols * 2 + lane / 8 * 16;
-      std::uint32_t b[kNFrags][4];
+      std::uint32_t b[kLive][4];
 #pragma unroll
-      for (int n = 0; n < kNFrags; ++n) {
+      for (int n = 0; n < kLive; ++n) {
         ptx::load_matrices(b[n], tokens + (n * 8 + lane % 8) * kTokenStride + chunk);
       }
 #pragma unroll
@@ -101,7 +101,7 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
           meta[m] = ptx::load_shared_word(tile + kMetaOffset + pair * kMetaPairBytes + lane * 4);
         }
 #pragma unroll
-        for (int n = 0; n < kNFrags; ++n) {
+        for (int n = 0; n < kLive; ++n) {
           if (half == 0) {
             ptx::multiply_sparse<T, 0>(acc.d[m][n], a, b[n], meta[m]);
           } else {

@@ -33,24 +33,38 @@ struct SsmmShape {
 
 inline constexpr int kAnyPeriod = -1;  // known at run time
 
-template <class Shape, int kSwitchPeriod>
-__device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, std::uint32_t weights,
-                                         std::uint32_t tokens, int period) {
+template <class Shape, int kSwitchPeriod, int kLive>
+__device__ __forceinline__ void multiply_live(typename Shape::Accumulators& acc,
+                                              std::uint32_t weights, std::uint32_t tokens,
+                                              int period) {
   using T = typename Shape::T;
   if constexpr (kSwitchPeriod != kAnyPeriod) {
-    multiply_block<T, kSwitchPeriod>(acc, weights, tokens);
+    multiply_block<T, kSwitchPeriod, kLive>(acc, weights, tokens);
   } else {
     switch (period) {
       case 0:
-        return multiply_block<T, 0>(acc, weights, tokens);
+        return multiply_block<T, 0, kLive>(acc, weights, tokens);
       case 1:
-        return multiply_block<T, 1>(acc, weights, tokens);
+        return multiply_block<T, 1, kLive>(acc, weights, tokens);
       case 2:
-        return multiply_block<T, 2>(acc, weights, tokens);
+        return multiply_block<T, 2, kLive>(acc, weights, tokens);
       default:
-        return multiply_block<T, 4>(acc, weights, tokens);
+        return multiply_block<T, 4, kLive>(acc, weights, tokens);
     }
   }
+}
+
+// `live` fragments of tokens hold any: the last tile of an expert is seldom full.
+template <class Shape, int kSwitchPeriod>
+__device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, std::uint32_t weights,
+                                         std::uint32_t tokens, int live, int period) {
+  constexpr int kNFrags = Shape::kNFrags;
+  if constexpr (kNFrags > 2) {
+    if (live <= kNFrags / 2) {
+      return multiply_live<Shape, kSwitchPeriod, kNFrags / 2>(acc, weights, tokens, period);
+    }
+  }
+  multiply_live<Shape, kSwitchPeriod, kNFrags>(acc, weights, tokens, period);
 }
 
 // The warps that load: they run ahead of the others by up to all stages, into the next items too.
@@ -101,18 +115,17 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
   Turn turn;
   for (int item = blockIdx.x; item < scheduler.num_items(); item += gridDim.x) {
     acc.clear();
-    int num_blocks;
-    bool has_tokens;
+    int num_blocks, live;
     {
       const Work work = scheduler.at(item);
-      has_tokens = first_token < work.tile.count;
+      live = ceil_div(max(work.tile.count - first_token, 0), 8);
       num_blocks = work.block_end - work.block_begin;
     }
     for (int block = part; block - part < num_blocks; block += Shape::kWarpsK) {
       ptx::wait(stages.full(turn.slot), turn.parity);
-      if (has_tokens && block < num_blocks) {
+      if (live > 0 && block < num_blocks) {
         multiply<Shape, kSwitchPeriod>(acc, stages.weights(turn.slot) + weights,
-                                       stages.tokens(turn.slot) + tokens, period);
+                                       stages.tokens(turn.slot) + tokens, live, period);
       }
       __syncwarp();
       if (threadIdx.x % kWarpThreads == 0) ptx::arrive(stages.empty(turn.slot));
