@@ -57,6 +57,7 @@ class Plan(Structure):
         ("stages", c_int64),
         ("blocks_per_sm", c_int64),
         ("splits", c_int64),
+        ("cluster", c_int64),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import plans
 import pytest
 import torch
 
@@ -81,15 +82,14 @@ def test_rows_measured_again_replace_the_old_ones(bench: ModuleType, tmp_path: P
     assert rows_of(path) == [{"a": "1", "us": "5", "new": ""}, {"a": "2", "us": "7", "new": "x"}]
 
 
-def test_all_plans_fill_the_warps(bench: ModuleType) -> None:
+def test_plans_to_try_are_of_every_kernel(bench: ModuleType) -> None:
+    assert plans.PlanNumbers._fields == bench.tune_plans.FIELDS
+    assert [plans.Instance(*each) for each in bench.tune_plans.INSTANCES] == plans.INSTANCES
     for is_down in (False, True):
-        plans = list(bench.tune_plans.candidates(is_down))
-        assert len(plans) == len(set(plans)) == (360 if is_down else 120)
-        names = bench.tune_plans.FIELDS
-        for plan in plans:
-            values = dict(zip(names, plan, strict=True))
-            assert values["warps_m"] * values["warps_n"] * values["warps_k"] == 8
-            assert is_down or values["splits"] == 1
+        found = [plans.PlanNumbers(*plan) for plan in bench.tune_plans.candidates(is_down)]
+        assert len(found) == len(set(found)) == len(plans.INSTANCES) * (40 if is_down else 10)
+        assert {plan.instance for plan in found} == set(plans.INSTANCES)
+        assert is_down or {plan.splits for plan in found} == {1}
 
 
 def test_experts(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

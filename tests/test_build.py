@@ -248,9 +248,12 @@ def test_cache_that_cannot_be_written(
 
 # A process that builds from the sources in argv[1].
 BUILDER = """\
+import signal
 import sys
 from pathlib import Path
 from samoyeds_hf import build, toolchain
+# whoever started the tests in the background may have had Ctrl-C ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 build.kernels_dir = lambda: Path(sys.argv[1])
 print(build.build(toolchain.find_toolchain(), ("90a",), Path.is_file))
 """

@@ -1,14 +1,17 @@
 """Every way to run a product: each legal SamoyedsPlan is right, and an illegal one is refused.
 
-Needs a CUDA device.
+Needs a CUDA device. Which plans are legal is worked out in plans.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import itertools
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import plans
 import pytest
 import torch
 from cuda_helpers import (
@@ -23,26 +26,25 @@ from cuda_helpers import (
     kernels,
     last_error,
     linear,
-    make_plan,
+    make_launch,
+    make_routing,
     moe_down,
     moe_mlp,
     moe_up,
     random_layer,
     random_seed,
     random_weight,
+    refusal,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits, silu_gate
+from plans import INSTANCES, Gpu, Instance, PlanNumbers, Product, broken_rules, legal_plans
 from torch.nn import functional
 
-from samoyeds_hf import library
+from samoyeds_hf import SparsityPattern, library
 
 pytestmark = GPU
 
-NUM_WARPS = 8
-TILES = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 4, 2), (4, 4, 2), (4, 4, 4)]  # m, n frags, warps_n
-# stages, blocks_per_sm, splits
-VARIANTS = [(2, 1, 1), (3, 1, 1), (4, 1, 1), (6, 1, 1), (3, 2, 1), (3, 1, 2), (4, 1, 3), (2, 2, 2)]
-# An odd number of blocks of 128 columns, fewer than 8 warps along k, and tails where they may be.
+# Parts of k that do not divide by the warps along k, and tails where they may be.
 SIZES = {
     "1:2:32": (672, 416),
     "1:2:64": (704, 448),
@@ -50,6 +52,9 @@ SIZES = {
     "1:2:128": (640, 384),
     "2:4": (648, 392),
 }
+each_instance = pytest.mark.parametrize(
+    "instance", INSTANCES, ids=lambda instance: "x".join(map(str, instance))
+)
 
 
 class Reference(NamedTuple):
@@ -60,6 +65,14 @@ class Reference(NamedTuple):
     up: tuple[torch.Tensor, torch.Tensor]  # [T*K, 2I]
     down: tuple[torch.Tensor, torch.Tensor]  # [T, H]
     mlp: tuple[torch.Tensor, torch.Tensor]  # [T, H]
+
+
+def products_of(text: str) -> tuple[Product, Product]:
+    """Of a layer of SIZES: up and down."""
+    hidden, inner = SIZES[text]
+    pattern = SparsityPattern.parse(text)
+    v = 0 if pattern.n == pattern.m else pattern.sub_row(hidden)
+    return Product(v, hidden), Product(v, inner, may_split=True)
 
 
 def make_reference(tokens: int, text: str, dtype: torch.dtype, seed: int) -> Reference:
@@ -76,72 +89,123 @@ def make_reference(tokens: int, text: str, dtype: torch.dtype, seed: int) -> Ref
     return Reference(layer, gated, up, down, mlp)  # type: ignore[arg-type]
 
 
-def plans_of(tile: tuple[int, int, int]) -> Iterator[Any]:
-    m_frags, n_frags, warps_n = tile
-    rest = NUM_WARPS // warps_n
-    for warps_m in (size for size in (1, 2, 4, 8) if size <= rest):
-        for stages, blocks_per_sm, splits in VARIANTS:
-            yield make_plan(
-                m_frags=m_frags,
-                n_frags=n_frags,
-                warps_m=warps_m,
-                warps_n=warps_n,
-                warps_k=rest // warps_m,
-                stages=stages,
-                blocks_per_sm=blocks_per_sm,
-                splits=splits,
-            )
-
-
-def describe(plan: Any) -> str:
-    return ", ".join(f"{name}={getattr(plan, name)}" for name, *_ in plan._fields_)
-
-
-def is_right(
+def check(
     call: Callable[[], torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor], what: str
-) -> bool:
-    """False where the plan was refused; fails where it was not and the result is wrong."""
-    try:
-        ours = call()
-    except LibraryRefusal:
-        return False
+) -> None:
+    """Right, and bitwise equal on repeat."""
+    ours = call()
     assert_same_bits(call(), ours)
     assert_as_good_as_dense(ours, *expected, what)
-    return True
+
+
+def refused(plan: PlanNumbers, layer: Layer, is_down: bool) -> str | None:
+    """What the library says against a plan; None: it would run. Nothing is queued."""
+    routing = make_routing(layer.top_k_index, layer.top_k_weights)
+    weight = layer.down if is_down else layer.gate_up
+    pointer = ctypes.byref(weight.structure())
+    launch = make_launch(plan=library.Plan(*plan))
+    arguments = ctypes.byref(launch), ctypes.byref(routing)
+    products = (None, pointer) if is_down else (pointer, None)
+    num_bytes = functions().samoyeds_workspace_bytes(*arguments, *products)
+    return str(refusal(-num_bytes, "workspace_bytes")) if num_bytes < 0 else None
 
 
 @pytest.mark.parametrize("text", SIZES)
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_each_legal_plan_is_right(tile: tuple[int, int, int], text: str) -> None:
-    seed = random_seed()
+def test_what_the_rules_allow_is_taken_and_nothing_else(text: str) -> None:
+    gpu = Gpu.current()
+    layer = make_reference(3, text, torch.bfloat16, 0).layer
+    wrong: list[str] = []
+    taken: Counter[Instance] = Counter()
+    for is_down, product in enumerate(products_of(text)):
+        for instance in INSTANCES:
+            for plan in plans.plans_of(instance, product.blocks):
+                broken = broken_rules(plan, product, gpu)
+                found = refused(plan, layer, bool(is_down))
+                taken[instance] += found is None
+                says_why = found is not None and any(words in found for words in broken)
+                if not (says_why if broken else found is None):
+                    wrong.append(f"{plan}: {found!r}, but {broken}")
+    assert not wrong, "\n".join(wrong[:20])
+    assert all(taken[instance] for instance in INSTANCES if not instance.needs_sm90a)
+
+
+def test_no_kernel_but_the_compiled_ones() -> None:
+    layer = make_reference(3, "1:2:64", torch.bfloat16, 0).layer
+    sizes = (1, 2, 4, 8)
+    others = {
+        Instance(*frags, *warps, cluster)
+        for frags in itertools.product(sizes, repeat=2)
+        for warps in itertools.product(sizes, repeat=3)
+        for cluster in (0, 1, 2, 4)
+    } - set(INSTANCES)
+    for instance in sorted(others):
+        for is_down in (False, True):
+            found = refused(instance.plan(stages=2), layer, is_down)
+            assert found is not None, instance
+            assert "compiled kernel" in found
+
+
+def run_each_plan(
+    instance: Instance, case: Reference, products: tuple[Product, Product], gpu: Gpu
+) -> None:
+    """Of both products of a layer, alone and together."""
+    layer = case.layer
+    for numbers in legal_plans(instance, products[0], gpu):
+        plan, what = library.Plan(*numbers), f"{numbers}, {layer.shape}"
+        check(lambda: moe_up(layer, plan), case.up, what)  # noqa: B023
+    for numbers in legal_plans(instance, products[1], gpu):
+        plan, what = library.Plan(*numbers), f"{numbers}, {layer.shape}"
+        whole = library.Plan(*numbers._replace(splits=1))
+        check(lambda: moe_down(layer, case.inner, plan), case.down, what)  # noqa: B023
+        check(lambda: moe_mlp(layer, whole, plan), case.mlp, what)  # noqa: B023
+
+
+def check_that_nobody_takes(numbers: PlanNumbers, case: Reference) -> None:
+    plan = library.Plan(*numbers)
+    for call in (
+        lambda: moe_mlp(case.layer, plan),
+        lambda: moe_mlp(case.layer, None, plan),
+        lambda: moe_up(case.layer, plan),
+        lambda: moe_down(case.layer, case.inner, plan),
+    ):
+        with pytest.raises(LibraryRefusal):
+            call()
+
+
+@pytest.mark.parametrize("text", SIZES)
+@each_instance
+def test_each_legal_plan_is_right(instance: Instance, text: str) -> None:
+    """Where an instance has no plan for the pattern, every function says so."""
+    seed, gpu = random_seed(), Gpu.current()
     dtype = torch.bfloat16 if seed % 2 else torch.float16
-    tile_tokens = 8 * tile[1] * tile[2]
+    products, tile = products_of(text), instance.tokens
+    case = make_reference(tile, text, dtype, seed)
+    check_that_nobody_takes(instance.plan(2, instance.most_blocks_per_sm + 1), case)
+    if not legal_plans(instance, products[0], gpu):
+        return check_that_nobody_takes(instance.plan(2), case)
+    many = plans.tokens_for_three_rounds(instance, SIZES[text][0] // 32, gpu)
     # 2 experts and 2 choices: about as many pairs an expert as there are tokens
-    numbers = [1, tile_tokens // 2, tile_tokens + 1, 3 * tile_tokens - 5]
-    references = [make_reference(tokens, text, dtype, seed) for tokens in dict.fromkeys(numbers)]
-    right = {"mlp": 0, "up": 0, "down": 0}
-    for plan in plans_of(tile):
-        whole = make_plan(**{name: getattr(plan, name) for name, *_ in plan._fields_})
-        whole.splits = 1
-        for case in references:
-            layer, what = case.layer, f"{describe(plan)}, {case.layer.shape}"
-            right["mlp"] += is_right(lambda: moe_mlp(layer, whole, plan), case.mlp, what)  # noqa: B023
-            right["down"] += is_right(lambda: moe_down(layer, case.inner, plan), case.down, what)  # noqa: B023
-            if plan.splits == 1:
-                right["up"] += is_right(lambda: moe_up(layer, plan), case.up, what)  # noqa: B023
-    assert all(right.values()), f"the library refuses every plan of a tile: {right}"
+    for tokens in dict.fromkeys((1, tile // 2, tile + 1, 3 * tile - 5, many // 2)):
+        run_each_plan(instance, make_reference(tokens, text, dtype, seed), products, gpu)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_each_legal_plan_of_a_linear(tile: tuple[int, int, int]) -> None:
-    rng = generator(random_seed())
+@each_instance
+def test_each_legal_plan_of_a_linear(instance: Instance) -> None:
+    rng, gpu = generator(random_seed()), Gpu.current()
     weight = random_weight((1, 136, 648), "2:4", torch.bfloat16, rng)
-    x = torch.randn(8 * tile[1] * tile[2] * 2 + 3, 648, generator=rng, device="cuda").bfloat16()
-    dense = functional.linear(x, weight.dense[0])
-    expected = dense, functional.linear(x.double(), weight.dense[0].double())
-    plans = [plan for plan in plans_of(tile) if plan.splits == 1]
-    right = [is_right(lambda: linear(weight, x, plan), expected, describe(plan)) for plan in plans]  # noqa: B023
-    assert any(right), "the library refuses every plan of a tile"
+    product = Product(0, 648)
+    many = plans.tokens_for_three_rounds(instance, 136 // 16 + 1, gpu)
+    for rows in (2 * instance.tokens + 3, many):
+        x = torch.randn(rows, 648, generator=rng, device=rng.device).bfloat16()
+        dense = functional.linear(x, weight.dense[0])
+        expected = dense, functional.linear(x.double(), weight.dense[0].double())
+        for numbers in legal_plans(instance, product, gpu):
+            plan = library.Plan(*numbers)
+            check(lambda: linear(weight, x, plan), expected, str(numbers))  # noqa: B023
+    for numbers in plans.plans_of(instance, product.blocks):
+        if broken_rules(numbers, product, gpu):
+            with pytest.raises(LibraryRefusal):
+                linear(weight, x[:3], library.Plan(*numbers))
 
 
 def chosen_plan(weight: Any, tokens: int, top_k: int, is_down: bool) -> library.Plan:
@@ -153,7 +217,7 @@ def chosen_plan(weight: Any, tokens: int, top_k: int, is_down: bool) -> library.
     return plan
 
 
-@pytest.mark.parametrize("text", ["1:2:32", "1:2:128", "2:4"])
+@pytest.mark.parametrize("text", SIZES)
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4096])
 def test_the_heuristics_choose_a_legal_plan(tokens: int, text: str) -> None:
     hidden, inner = SIZES[text]
@@ -161,7 +225,10 @@ def test_the_heuristics_choose_a_legal_plan(tokens: int, text: str) -> None:
     layer = random_layer(shape, torch.bfloat16, random_seed())
     plan = chosen_plan(layer.gate_up.ready, tokens, 2, False)
     down_plan = chosen_plan(layer.down.ready, tokens, 2, True)
-    assert plan.splits == 1, describe(plan)
+    products, gpu = products_of(text), Gpu.current()
+    for chosen, product in ((plan, products[0]), (down_plan, products[1])):
+        numbers = PlanNumbers(*(getattr(chosen, name) for name in PlanNumbers._fields))
+        assert not broken_rules(numbers, product, gpu), numbers
     # The same that runs where no plan is given.
     assert_same_bits(moe_mlp(layer, plan, down_plan), moe_mlp(layer))
 
@@ -176,9 +243,10 @@ BAD_NUMBERS = {
     "warps_m": (0, -1, 3, 16),
     "warps_n": (0, -1, 3, 16),
     "warps_k": (0, -1, 3, 16),
-    "stages": (0, -1, 100, 1 << 32 | 3),
-    "blocks_per_sm": (0, -1, 1 << 40),
-    "splits": (0, -1, 1 << 40),
+    "stages": (0, -1, 9, 1 << 32 | 3),
+    "blocks_per_sm": (0, -1, 3, 1 << 40),
+    "splits": (0, -1, 5, 1 << 40),
+    "cluster": (0, -1, 3, 1 << 32 | 1),
 }
 
 

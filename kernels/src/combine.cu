@@ -7,6 +7,8 @@ namespace samoyeds {
 namespace {
 
 constexpr int kCombineThreads = 256;
+template <typename Row>
+constexpr int kWide = 16 / static_cast<int>(sizeof(Row));  // columns of one 16-byte load
 
 __device__ bool belongs_here(const std::int64_t* top_k_index, int pair, int num_experts) {
   const std::int64_t expert = top_k_index[pair];
@@ -121,9 +123,9 @@ dim3 grid_for(std::int64_t threads) {
 template <typename T, typename Row>
 Error combine_rows(const Stream& stream, const Combine& args) {
   const std::int64_t elements = static_cast<std::int64_t>(args.num_tokens) * args.columns;
-  if (args.columns % 4 == 0) {
-    return launch(stream, combine_kernel<T, Row, 4>, grid_for(elements / 4), kCombineThreads, 0,
-                  args);
+  if (args.columns % kWide<Row> == 0) {
+    return launch(stream, combine_kernel<T, Row, kWide<Row>>, grid_for(elements / kWide<Row>),
+                  kCombineThreads, 0, args);
   }
   return launch(stream, combine_kernel<T, Row, 1>, grid_for(elements), kCombineThreads, 0, args);
 }
@@ -133,7 +135,24 @@ Error combine_to(const Stream& stream, const Combine& args) {
   return args.is_partial ? combine_rows<T, float>(stream, args) : combine_rows<T, T>(stream, args);
 }
 
+template <typename T>
+void list_kernels(std::vector<const void*>& kernels) {
+  kernels.insert(kernels.end(),
+                 {reinterpret_cast<const void*>(&combine_kernel<T, float, kWide<float>>),
+                  reinterpret_cast<const void*>(&combine_kernel<T, float, 1>),
+                  reinterpret_cast<const void*>(&combine_kernel<T, T, kWide<T>>),
+                  reinterpret_cast<const void*>(&combine_kernel<T, T, 1>),
+                  reinterpret_cast<const void*>(&gate_kernel<T>)});
+}
+
 }  // namespace
+
+std::vector<const void*> combine_kernels() {
+  std::vector<const void*> kernels{reinterpret_cast<const void*>(&clear_kernel)};
+  list_kernels<__nv_bfloat16>(kernels);
+  list_kernels<__half>(kernels);
+  return kernels;
+}
 
 Error combine(const Stream& stream, SamoyedsDtype dtype, const Combine& args) {
   return dtype == SAMOYEDS_BF16 ? combine_to<__nv_bfloat16>(stream, args)

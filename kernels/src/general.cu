@@ -1,9 +1,10 @@
-// Patterns that (1, 2, V) and N == M do not cover: right for every N <= M <= 16 and every V, not
-// fast.
+// Patterns that are neither N == M nor (1, 2, V) with V a multiple of 32: right for every
+// N <= M <= 16 and every V, not fast.
 //
-// One warp computes one tile of 16 kept rows x 8 tokens. Whenever a Sub-Row ends, its sums go to
-// the dense rows that the index names, in shared memory. Sub-Rows that end inside a matrix
-// instruction are multiplied one at a time, with the other groups' values set to zero.
+// One warp computes one tile of up to 16 kept rows, whole blocks of N, x 8 tokens. Whenever a
+// Sub-Row ends, its sums go to the dense rows that the index names, in shared memory. Sub-Rows that
+// end inside a matrix instruction are multiplied one at a time, with the other groups' values set
+// to zero.
 #include "samoyeds/epilogue.cuh"
 #include "samoyeds/launch.hpp"
 
@@ -11,6 +12,8 @@ namespace samoyeds {
 namespace {
 
 constexpr int kMaxDenseRows = kMaxM * kTileRows;  // of one tile: N = 1, M = 16
+static_assert(kMaxDenseRows * kGeneralTokens * sizeof(float) <= 48 * 1024,
+              "a tile's sums fit the shared memory that a kernel may declare");
 
 // The registers of a lane's load hold groups t and t + 4 of a step; keep those in [first, last).
 __device__ uint4 only_groups(uint4 a, int first, int last) {
@@ -22,6 +25,7 @@ __device__ uint4 only_groups(uint4 a, int first, int last) {
 
 template <typename T>
 struct Tokens8 {
+  static_assert(kGeneralTokens == 8, "fragment B has 8 tokens");
   const T* row;  // of x, of this lane's token; null where there is none
 
   // Fragment B of a step: columns 2t, 2t + 1 and the same 8, 16, 24 further.
@@ -121,6 +125,11 @@ __global__ void __launch_bounds__(kWarpThreads) general_kernel(const __grid_cons
 }
 
 }  // namespace
+
+std::vector<const void*> general_kernels() {
+  return {reinterpret_cast<const void*>(&general_kernel<__nv_bfloat16>),
+          reinterpret_cast<const void*>(&general_kernel<__half>)};
+}
 
 Error general(const Stream& stream, SamoyedsDtype dtype, const SsmmArgs& args,
               std::int64_t max_tiles) {

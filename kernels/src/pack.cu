@@ -20,7 +20,7 @@ __device__ Canonical canonical(const Layout& l) {
   return {values_per_row(l.cols), meta_bytes_per_row(l.cols), index_per_row(l.pattern, l.cols)};
 }
 
-// One lane of one warp a (block, lane): consecutive warps take consecutive blocks.
+// A warp takes a block; consecutive warps take consecutive ones.
 __device__ bool find_place(const Layout& l, int num_experts, Place& place) {
   const std::int64_t number =
       (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpThreads;
@@ -37,7 +37,8 @@ __device__ int row_of(int lane, int reg) { return lane / 4 + reg % 2 * kHalfTile
 __device__ int column_of(int lane, int step, int reg) {
   return step * kValuesPerStep + lane % 4 * 2 + reg / 2 * 8;
 }
-// First of the four groups whose nibbles half `half` of metadata word `word` of a lane holds.
+// First of the four groups whose nibbles metadata word `word` of a lane holds: those of row lane/4
+// in its low half, those of the row 8 further in its high half.
 __device__ int group_of(int lane, int word) { return (word * 2 + lane % 4 / 2) * 8 + lane % 2 * 4; }
 
 __global__ void pack_kernel(Layout l, int num_experts, std::uint8_t* packed,
@@ -90,7 +91,8 @@ __global__ void pack_kernel(Layout l, int num_experts, std::uint8_t* packed,
   }
 }
 
-// The index bytes of general patterns, or of an (1, 2, V) or N == M weight on the way back.
+// kPack: the index bytes of general patterns into their region. Else back to the canonical index,
+// for every kind: general ones copied, the others from the row bits or the place in the block.
 template <bool kPack>
 __global__ void index_kernel(Layout l, std::uint8_t* packed, Index* index) {
   const int sub_rows = index_per_row(l.pattern, l.cols);
@@ -171,6 +173,13 @@ dim3 index_grid(const Layout& l, int num_experts) {
 }
 
 }  // namespace
+
+std::vector<const void*> pack_kernels() {
+  return {reinterpret_cast<const void*>(&pack_kernel),
+          reinterpret_cast<const void*>(&unpack_kernel),
+          reinterpret_cast<const void*>(&index_kernel<true>),
+          reinterpret_cast<const void*>(&index_kernel<false>)};
+}
 
 Error pack(const Stream& stream, const Layout& layout, int num_experts, std::uint8_t* packed,
            const void* values, const Meta* meta, const Index* index) {

@@ -1,5 +1,5 @@
-// Which instance of the matrix kernel runs, and how it is cut: rules as data, with what they rest
-// on.
+// Which instance of the matrix kernel runs, and into what parts the product is cut: rules as data,
+// each with the measurement behind it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,12 +10,14 @@
 namespace samoyeds {
 namespace {
 
-// The first rule that holds is taken. Tokens are those that one expert which is hit is expected to
-// meet; waves: how often the rule's thread blocks would fill the GPU.
+// The first rule that holds is taken. Tokens: what an expert that is hit at all is expected to
+// meet. Waves: how often the items of the product, with all the splits it may have, would fill the
+// GPU.
 struct Rule {
   int min_capability, max_capability;
-  int min_v;          // of the pattern; 0: any
-  double max_tokens;  // an expert
+  int v_step;  // V of (1, 2, V) is a multiple of it; 0: any V
+  int min_cols;
+  double min_tokens, max_tokens;  // an expert
   double min_waves;
   SamoyedsPlan plan;  // stages and splits follow from the device and the shape
   const char* measured;
@@ -24,19 +26,86 @@ struct Rule {
 constexpr double kAny = 1e30;
 constexpr int kHopper = 90, kNewest = 9999;
 constexpr Rule kRules[] = {
-    {80, kNewest, 0, 7, 0.8, {1, 1, 8, 1, 1, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, 2, 0, {1, 1, 2, 1, 4, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, 7, 0, {1, 1, 4, 1, 2, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, 12, 0, {1, 2, 8, 1, 1, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, 20, 0, {1, 4, 8, 1, 1, 0, 2, 0}, "TBD"},
-    {kHopper, kHopper, 64, kAny, 0, {4, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
-    {80, kNewest, 0, 28, 0, {1, 4, 8, 1, 1, 0, 2, 0}, "TBD"},
-    {80, kNewest, 0, kAny, 0, {2, 4, 4, 2, 1, 0, 1, 0}, "TBD"},
+    {80,
+     kNewest,
+     0,
+     0,
+     0,
+     7,
+     0.8,
+     {1, 1, 8, 1, 1, 0, 2, 0, 1},
+     "H200, Mixtral-8x7B, T = 16: 216 us, 86 % of the byte floor"},
+    {80,
+     kNewest,
+     0,
+     0,
+     0,
+     2,
+     0,
+     {1, 1, 2, 1, 4, 0, 2, 0, 1},
+     "H200, Qwen1.5-MoE, T = 1, up alone: 13.6 us; 15.7 us as the next rule"},
+    {80,
+     kNewest,
+     0,
+     0,
+     0,
+     7,
+     0,
+     {1, 1, 4, 1, 2, 0, 2, 0, 1},
+     "H200, Qwen1.5-MoE, T = 16, down alone: 30.3 us; 30.6 us as the first rule"},
+    {80, kNewest, 0, 0, 0, 12, 0, {1, 2, 8, 1, 1, 0, 2, 0, 1}, "TBD4"},
+    {80,
+     kNewest,
+     0,
+     0,
+     0,
+     20,
+     0,
+     {1, 4, 8, 1, 1, 0, 2, 0, 1},
+     "H200, Qwen3-30B, T = 256: 120 us, 66 % of the byte floor; 134 us as (2, 4)"},
+    {kHopper,
+     kHopper,
+     64,
+     0,
+     768,
+     kAny,
+     0,
+     {4, 4, 4, 2, 1, 0, 1, 0, 2},
+     "H200, Qwen1.5-MoE, T = 16384: 1728 us; 1780 us without clusters"},
+    {kHopper,
+     kHopper,
+     64,
+     4096,
+     200,
+     kAny,
+     0,
+     {4, 4, 4, 2, 1, 0, 1, 0, 2},
+     "H200, Mixtral-8x7B, T = 1024: 959 us; 1072 us without clusters"},
+    {kHopper,
+     kHopper,
+     64,
+     0,
+     0,
+     kAny,
+     0,
+     {4, 4, 4, 2, 1, 0, 1, 0, 1},
+     "H200, Qwen2-57B, T = 256: 328 us, 71 % of the byte floor"},
+    {80,
+     kNewest,
+     0,
+     0,
+     0,
+     28,
+     0,
+     {1, 4, 8, 1, 1, 0, 2, 0, 1},
+     "H200, Qwen1.5-MoE, T = 256, up alone: 72.4 us, the same as the next rule"},
+    {80, kNewest, 0, 0, 0, kAny, 0, {2, 4, 4, 2, 1, 0, 1, 0, 1}, "TBD10"},
 };
 
 constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
-constexpr int kReservedBytes = 1024;  // of an SM's shared memory, for each thread block
+constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
+constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
 struct Load {
@@ -49,6 +118,11 @@ Load expected_load(std::int64_t num_experts, std::int64_t num_tokens, std::int64
   const double missed = std::max(0.0, 1.0 - static_cast<double>(top_k) / experts);
   const double hit = experts * (1.0 - std::pow(missed, static_cast<double>(num_tokens)));
   return {hit, static_cast<double>(num_tokens * top_k) / std::max(hit, 1.0)};
+}
+
+// Tiles of tokens, on average: the last one of an expert is half full, and one may do for few.
+double expected_tiles(const Load& load, const SsmmVariant& variant) {
+  return load.experts_hit * std::max(1.0, load.tokens_each / variant.tokens + 0.5);
 }
 
 int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPlan plan) {
@@ -65,25 +139,30 @@ int steps_of(const Layout& layout, const SamoyedsPlan& plan) {
   return ceil_div(layout.blocks, static_cast<int>(plan.warps_k));
 }
 
-// A part of k must be long enough to fill the pipeline.
+// A part of k of less than four steps would not fill the pipeline.
 int max_splits(const Layout& layout, const SamoyedsPlan& plan) {
   return std::min(kMaxSplits, std::max(1, steps_of(layout, plan) / 4));
 }
 
-// Splits of k that leave the fewest thread blocks idle in the last wave.
+// Splits of k that cost the least, counted in bytes: weights that the thread blocks could have read
+// until the last wave ends, and results that are written and read again, in fp32 where there are
+// splits.
 int best_splits(const Device& device, const Layout& layout, const SsmmVariant& variant,
-                const SamoyedsPlan& plan, const Load& load) {
+                const SamoyedsPlan& plan, const Load& load, double num_pairs) {
   const double slots = static_cast<double>(device.num_sms) * plan.blocks_per_sm;
-  const double tiles_n = load.experts_hit * std::ceil(load.tokens_each / variant.tokens);
+  const double tiles_n = expected_tiles(load, variant);
   const int tiles_m = ceil_div(layout.tiles, variant.tiles_m);
+  const double step_bytes = static_cast<double>(variant.tiles_m) * plan.warps_k * kBlockStride;
   const int steps = steps_of(layout, plan);
   int best = 1;
   double best_cost = 1e30;
   for (int splits = 1; splits <= max_splits(layout, plan); ++splits) {
-    const double items = tiles_n * tiles_m * splits;
+    const double waves = std::ceil(tiles_n * tiles_m * splits / slots);
     // Each item also costs about half a step of its own.
-    const double cost = std::ceil(items / slots) * (static_cast<double>(steps) / splits + 0.5);
-    if (cost < best_cost * 0.97) best_cost = cost, best = splits;
+    const double weights = waves * (static_cast<double>(steps) / splits + 0.5) * slots * step_bytes;
+    const bool is_partial = splits > 1 || num_pairs <= kMaxPartialPairs;
+    const double results = num_pairs * layout.rows * 2 * (is_partial ? 4 * splits : 2);
+    if (weights + results < best_cost * 0.97) best_cost = weights + results, best = splits;
   }
   return best;
 }
@@ -95,7 +174,7 @@ const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype) {
   for (int i = 0; i < kNumVariants; ++i) {
     const SsmmVariant& v = table[i];
     if (v.m_frags == plan.m_frags && v.n_frags == plan.n_frags && v.warps_m == plan.warps_m &&
-        v.warps_n == plan.warps_n && v.warps_k == plan.warps_k) {
+        v.warps_n == plan.warps_n && v.warps_k == plan.warps_k && v.cluster == plan.cluster) {
       return &v;
     }
   }
@@ -113,7 +192,8 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
     return invalid("a plan's fragments and warps must be those of a compiled kernel, found " +
                    std::to_string(plan.m_frags) + " x " + std::to_string(plan.n_frags) +
                    " fragments and " + std::to_string(plan.warps_m) + " * " +
-                   std::to_string(plan.warps_n) + " * " + std::to_string(plan.warps_k) + " warps");
+                   std::to_string(plan.warps_n) + " * " + std::to_string(plan.warps_k) +
+                   " warps, clusters of " + std::to_string(plan.cluster));
   }
   if (variant->needs_sm90a && device.capability != 90) {
     return unsupported("this plan needs a GPU of compute capability 9.0, found another");
@@ -148,12 +228,14 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
   for (const Rule& rule : kRules) {
     const bool may_run =
         device.capability >= rule.min_capability && device.capability <= rule.max_capability &&
-        (layout.kind != Kind::kSwitched || layout.pattern.v % 64 == 0 || rule.min_v == 0);
-    if (!may_run || load.tokens_each > rule.max_tokens) continue;
+        (layout.kind != Kind::kSwitched || rule.v_step == 0 || layout.pattern.v % rule.v_step == 0);
+    if (!may_run || layout.cols < rule.min_cols || load.tokens_each < rule.min_tokens ||
+        load.tokens_each > rule.max_tokens) {
+      continue;
+    }
     SamoyedsPlan plan = rule.plan;
     const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
-    const double items = load.experts_hit * std::ceil(load.tokens_each / variant.tokens) *
-                         ceil_div(layout.tiles, variant.tiles_m) *
+    const double items = expected_tiles(load, variant) * ceil_div(layout.tiles, variant.tiles_m) *
                          (is_down ? max_splits(layout, plan) : 1);
     if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
     plan.stages = largest_stages(device, variant, plan);
@@ -163,12 +245,15 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     }
     if (plan.stages < 2) continue;
     // Many rows in fp32, one for each split, would be the largest traffic of the layer.
-    const bool may_split = is_down && num_tokens * top_k <= kMaxSplitPairs;
-    plan.splits = may_split ? best_splits(device, layout, variant, plan, load) : 1;
+    const std::int64_t num_pairs = num_tokens * top_k;
+    const bool may_split = is_down && num_pairs <= kMaxSplitPairs;
+    plan.splits =
+        may_split ? best_splits(device, layout, variant, plan, load, static_cast<double>(num_pairs))
+                  : 1;
     return plan;
   }
   // Nothing larger fits this GPU's shared memory.
-  SamoyedsPlan plan{1, 4, 8, 1, 1, 0, 1, 1};
+  SamoyedsPlan plan{1, 4, 8, 1, 1, 0, 1, 1, 1};
   plan.stages = largest_stages(device, *find_variant(plan, SAMOYEDS_BF16), plan);
   return plan;
 }
@@ -177,8 +262,13 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
            std::int64_t max_tiles) {
   const SsmmVariant& variant = *find_variant(plan, dtype);
   const int parts = ceil_div(args.layout.tiles, variant.tiles_m) * static_cast<int>(plan.splits);
-  const std::int64_t items = max_tiles * parts;
-  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm;
+  if (max_tiles > kMaxTiles) {
+    return unsupported("a product must have at most " + std::to_string(kMaxTiles) +
+                       " tiles of tokens, found " + std::to_string(max_tiles));
+  }
+  const int cluster = variant.cluster;
+  const std::int64_t items = max_tiles / cluster * parts;
+  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
@@ -186,30 +276,34 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
     return unsupported("a product must have at most 2^31 - 1 parts, found " +
                        std::to_string(items));
   }
-  return launch(stream, kernel_for(variant, args.layout),
-                static_cast<unsigned>(std::min(items, slots)), variant.threads,
-                shared_bytes(variant, plan), args);
+  return launch_clusters(stream, kernel_for(variant, args.layout),
+                         static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
+                         shared_bytes(variant, plan), cluster, args);
 }
 
-}  // namespace samoyeds
-
-extern "C" __attribute__((visibility("default"))) const char* samoyeds_heuristics(void) {
+const char* heuristics() {
   static const std::string text = [] {
     std::string table =
-        "capability  V      tokens/expert  waves   m_frags  n_frags  warps (m, n, k)  blocks/SM  "
-        "measured\n";
-    for (const samoyeds::Rule& r : samoyeds::kRules) {
-      char tokens[16] = "any", line[160];
-      if (r.max_tokens < samoyeds::kAny) {
-        std::snprintf(tokens, sizeof tokens, "<= %g", r.max_tokens);
-      }
+        "capability  V      k        tokens/expert  waves   m_frags  n_frags  warps (m, n, k)  "
+        "cluster  blocks/SM  measured\n";
+    for (const Rule& r : kRules) {
+      const auto at_least = [](double x) {
+        char text[16] = "any";
+        if (x > 0) std::snprintf(text, sizeof text, ">= %g", x);
+        return std::string(text);
+      };
+      char most[16] = "", line[200];
+      if (r.max_tokens < kAny) std::snprintf(most, sizeof most, "<= %g", r.max_tokens);
+      const std::string tokens = r.max_tokens < kAny ? most : at_least(r.min_tokens);
       std::snprintf(line, sizeof line,
-                    "%s%d.%d      %-5s  %-13s  >= %-4g %-7d  %-7d  (%d, %d, %d)        %-9d  ",
+                    "%s%d.%d      %-5s  %-7s  %-13s  %-6s  %-7d  %-7d  (%d, %d, %d)        %-7d  "
+                    "%-9d  ",
                     r.max_capability == r.min_capability ? "= " : ">=", r.min_capability / 10,
-                    r.min_capability % 10, r.min_v ? "64*n" : "any", tokens, r.min_waves,
-                    static_cast<int>(r.plan.m_frags), static_cast<int>(r.plan.n_frags),
-                    static_cast<int>(r.plan.warps_m), static_cast<int>(r.plan.warps_n),
-                    static_cast<int>(r.plan.warps_k), static_cast<int>(r.plan.blocks_per_sm));
+                    r.min_capability % 10, r.v_step ? "64*n" : "any", at_least(r.min_cols).c_str(),
+                    tokens.c_str(), at_least(r.min_waves).c_str(), static_cast<int>(r.plan.m_frags),
+                    static_cast<int>(r.plan.n_frags), static_cast<int>(r.plan.warps_m),
+                    static_cast<int>(r.plan.warps_n), static_cast<int>(r.plan.warps_k),
+                    static_cast<int>(r.plan.cluster), static_cast<int>(r.plan.blocks_per_sm));
       table += std::string(line) + r.measured + "\n";
     }
     return table +
@@ -218,3 +312,5 @@ extern "C" __attribute__((visibility("default"))) const char* samoyeds_heuristic
   }();
   return text.c_str();
 }
+
+}  // namespace samoyeds

@@ -1,9 +1,9 @@
 // From the router's choice to token lists: a stable counting sort of the pairs by expert.
 //
 // Each thread block owns a run of pairs, each of its warps a part of that with a histogram of its
-// own, so that places follow from prefix sums alone and equal inputs give equal lists. What the
-// other blocks' runs hold it counts itself: reading all choices from the L2 costs less than a
-// second kernel and needs no memory.
+// own, so that places follow from prefix sums alone and equal inputs give equal lists. Pairs of the
+// other blocks' runs each block counts for itself: reading all choices from the L2 costs less than
+// a second kernel and needs no memory.
 #include "samoyeds/launch.hpp"
 #include "samoyeds/ptx.cuh"
 
@@ -12,20 +12,21 @@ namespace {
 
 constexpr int kMaxRouteWarps = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kAhead = 8;        // loads in flight a lane
-constexpr int kRunPairs = 2048;  // of a thread block, unless there are more than ...
+constexpr int kAhead = 8;       // loads in flight a lane
+constexpr int kRunPairs = 256;  // of a thread block, unless there are more than ...
 constexpr int kMaxRouteBlocks = 64;
+constexpr int kRouteArrays = 5;  // [E] in shared memory, beside a histogram for each warp
 
 struct RouteArgs {
   const std::int64_t* top_k_index;
-  int num_pairs, num_experts, tile_tokens;
+  int num_pairs, num_experts, tile_tokens, cluster;
   int* pairs;
   Tile* tiles;
   int* num_tiles;
 };
 
-// Calls visit(pair, expert or -1) for the pairs from `begin` on, `step` lanes at a time, in order;
-// each lane of a warp is called as often as the others.
+// Calls visit(pair, expert) for the pairs begin .. end - 1, in order, `step` threads at a time;
+// expert -1: none here. Threads beyond the end are called with -1 too, so that a warp stays whole.
 template <typename Visit>
 __device__ void for_each_pair(const RouteArgs& args, int begin, int end, int step, Visit&& visit) {
   for (int base = begin; base < end; base += kAhead * step) {
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     __syncwarp();
   });
   __syncthreads();
-  // A warp's count becomes the number of pairs before its part.
+  // A warp's count of an expert becomes the number of that expert's pairs before the warp's part.
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     int sum = before[e];
     for (int w = 0; w < num_warps; ++w) {
@@ -119,7 +120,9 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     totals[e] = sum + after[e];
   }
   __syncthreads();
-  const auto tiles_of = [&](int e) { return ceil_div(totals[e], args.tile_tokens); };
+  const auto tiles_of = [&](int e) {
+    return ceil_div(totals[e], args.tile_tokens * args.cluster) * args.cluster;
+  };
   if (warp == 0) {
     prefix_sums(
         num_experts, [&](int e) { return totals[e]; },
@@ -135,10 +138,10 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     const int num_tiles = tiles_of(e), in_group = i / kMaxGroup * kMaxGroup;
     const int start = i * args.tile_tokens;
     args.tiles[first_tile[e] + i] = {
-        e, first_pair[e] + start, min(args.tile_tokens, totals[e] - start),
+        e, first_pair[e] + start, max(0, min(args.tile_tokens, totals[e] - start)),
         (first_tile[e] + in_group) << 8 | min(kMaxGroup, num_tiles - in_group)};
   };
-  // A thread writes the first tiles of an expert, a warp those of experts that have many.
+  // The first block writes the tiles: a thread the first few of an expert, a warp the rest.
   constexpr int kFew = 4;
   bool has_many = false;
   for (int e = threadIdx.x; e < num_experts && blockIdx.x == 0; e += blockDim.x) {
@@ -164,19 +167,24 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
 
 }  // namespace
 
-std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, std::int64_t tile_tokens) {
-  // Each expert that is hit has at most one tile that is not full.
-  return num_pairs / tile_tokens + (num_pairs < num_experts ? num_pairs : num_experts);
+std::vector<const void*> route_kernels() { return {reinterpret_cast<const void*>(&route_kernel)}; }
+
+std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling) {
+  // Each expert that is hit has at most one cluster of tiles that is not full.
+  const std::int64_t tokens = tiling.tokens * tiling.cluster;
+  return (num_pairs / tokens + (num_pairs < num_experts ? num_pairs : num_experts)) *
+         tiling.cluster;
 }
 
 Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            int tile_tokens, int* pairs, Tile* tiles, int* num_tiles) {
-  // A thread for each pair and expert; two warps at least, as one sums pairs and one tiles.
+            Tiling tiling, int* pairs, Tile* tiles, int* num_tiles) {
+  // A thread for each pair and for each expert, as far as they go; two warps at least, as one sums
+  // pairs and one tiles.
   const int wanted = ceil_div(num_pairs > num_experts ? num_pairs : num_experts, kWarpThreads);
   const int num_warps = wanted < 2 ? 2 : wanted > kMaxRouteWarps ? kMaxRouteWarps : wanted;
   const int runs = ceil_div(num_pairs, kRunPairs);
   const int num_blocks = runs < 1 ? 1 : runs > kMaxRouteBlocks ? kMaxRouteBlocks : runs;
-  const int expert_bytes = (num_warps + 5) * static_cast<int>(sizeof(int));
+  const int expert_bytes = (num_warps + kRouteArrays) * static_cast<int>(sizeof(int));
   const int shared = expert_bytes * num_experts;
   if (shared > stream.device.block_shared_bytes) {
     return unsupported("routing needs at most " +
@@ -190,7 +198,8 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
       return e;
     }
   }
-  const RouteArgs args{top_k_index, num_pairs, num_experts, tile_tokens, pairs, tiles, num_tiles};
+  const RouteArgs args{top_k_index,    num_pairs, num_experts, static_cast<int>(tiling.tokens),
+                       tiling.cluster, pairs,     tiles,       num_tiles};
   return launch(stream, route_kernel, num_blocks, num_warps * kWarpThreads, shared, args);
 }
 

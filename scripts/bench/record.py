@@ -44,10 +44,12 @@ def gpu_machine(device: torch.device) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """Short hash of the checkout; SAMOYEDS_COMMIT names it where the history did not come along."""
+    """Short hash of the checkout; SAMOYEDS_COMMIT says it where the history did not come along."""
+    if named := os.environ.get("SAMOYEDS_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(git, check=False, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("SAMOYEDS_COMMIT", "") or "uncommitted"
+    return done.stdout.strip() or "uncommitted"
 
 
 def merge_rows(path: Path, rows: Sequence[Row], key: Sequence[str]) -> None:

@@ -45,9 +45,20 @@ from samoyeds_hf.interface import KernelLibrary, Plan, Routing, Weight
 
 PRODUCTS = ("up", "down", "mlp-up", "mlp-down")
 
-WARPS = 8
-WARP_TILES = ((1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 4, 2), (4, 4, 2), (4, 4, 4))  # frags, warps_n
-STAGES, BLOCKS_PER_SM, SPLITS = (3, 4, 6), (1, 2), (1, 2, 4)
+INSTANCES = (  # m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of variants.cuh
+    (1, 1, 1, 1, 8, 1),
+    (1, 1, 2, 1, 4, 1),
+    (1, 1, 4, 1, 2, 1),
+    (1, 1, 8, 1, 1, 1),
+    (1, 2, 4, 1, 2, 1),
+    (1, 2, 8, 1, 1, 1),
+    (1, 4, 8, 1, 1, 1),
+    (2, 4, 4, 2, 1, 1),
+    (4, 4, 4, 2, 1, 1),
+    (4, 4, 2, 4, 1, 1),
+    (4, 4, 4, 2, 1, 2),
+)
+STAGES, BLOCKS_PER_SM, SPLITS = (2, 3, 4, 6, 8), (1, 2), (1, 2, 4, 8)
 
 PlanValues = tuple[int, ...]  # in the order of FIELDS
 FIELDS = (
@@ -59,20 +70,15 @@ FIELDS = (
     "stages",
     "blocks_per_sm",
     "splits",
+    "cluster",
 )
 
 
 def candidates(is_down: bool) -> Iterator[PlanValues]:
-    """Plans to try; the library says which of them exist."""
-    for m_frags, n_frags, warps_n in WARP_TILES:
-        for warps_m in (1, 2, 4, 8):
-            warps_k, rest = divmod(WARPS, warps_m * warps_n)
-            if rest or not warps_k:
-                continue
-            for stages, blocks, splits in itertools.product(
-                STAGES, BLOCKS_PER_SM, SPLITS if is_down else (1,)
-            ):
-                yield m_frags, n_frags, warps_m, warps_n, warps_k, stages, blocks, splits
+    """Plans to try; the library refuses those that this GPU or this weight cannot run."""
+    rest = itertools.product(STAGES, BLOCKS_PER_SM, SPLITS if is_down else (1,))
+    for (*warps, cluster), numbers in itertools.product(INSTANCES, rest):
+        yield *warps, *numbers, cluster
 
 
 @dataclass

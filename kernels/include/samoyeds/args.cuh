@@ -1,4 +1,4 @@
-// What the host hands to the matrix kernels.
+// What the host hands to the kernels that multiply: ssmm.cuh and general.cu.
 #pragma once
 
 #include "samoyeds/fragment.cuh"
@@ -26,9 +26,10 @@ SAMOYEDS_HOST_DEVICE constexpr int operator/(int x, const Divisor& d) {
 }
 
 inline constexpr int kWarpThreads = 32;
-inline constexpr int kWarps = 8;  // of a thread block of the matrix kernel that multiply
+inline constexpr int kWarps = 8;  // of a thread block of the matrix kernel, those that multiply
 inline constexpr int kConsumers = kWarps * kWarpThreads;
 inline constexpr int kMaxGroup = 8;  // tiles of a group, see Tile
+static_assert(kMaxGroup < 1 << 8, "Tile::group has 8 bits for the size of a group");
 
 // Up to so many tokens of one expert, as route() lists them: places first .. first + count - 1 of
 // the pairs sorted by expert. Consecutive tiles of one expert form groups that blocks running at
@@ -39,13 +40,14 @@ struct Tile {
   int count;
   int group;  // its first tile << 8 | tiles in it
 };
+static_assert(sizeof(Tile) == 16, "a tile is one load, and four numbers of samoyeds_route()");
 
 // Which rows of x meet which expert. Without routing (tiles == nullptr) all rows meet expert 0.
 struct Tokens {
   const Tile* tiles;
   const int* num_tiles;
   const int* pairs;
-  int num_rows;           // without routing: rows of x
+  int num_rows;           // of x, without routing
   Divisor pairs_per_row;  // rows of x are tokens: K; or pairs: 1
 };
 
@@ -65,7 +67,7 @@ struct SsmmArgs {
   std::int64_t split_stride;  // elements of a plane of kPartial
   int stages;
   Divisor splits;
-  Divisor parts;  // of a tile of tokens: parts of the rows, times splits
+  Divisor parts;  // items of a tile of tokens: parts of the rows, times splits
   bool is_early;  // the routing is complete although the previous kernel may still run
 };
 

@@ -1,4 +1,4 @@
-// Registers to global memory: the sum over the parts of k, the gate, the rows' places.
+// Registers to global memory: the sum over the warps' parts of k, the gate, the rows' places.
 #pragma once
 
 #include "samoyeds/mma.cuh"
@@ -12,7 +12,7 @@ __device__ __forceinline__ T narrow(float x) {
   if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
 }
 
-// Two neighbours in one store; `to` is even-numbered in an even-sized row.
+// Two neighbours in one store: `to` is an even column, and rows have an even size.
 template <typename T>
 __device__ __forceinline__ void store_pair(T* to, float x, float y) {
   if constexpr (std::is_same_v<T, float>) {
@@ -85,8 +85,8 @@ __device__ __forceinline__ void store_rows(T* out_row, int kept, bool is_switche
   }
 }
 
-// Stores this warp's rows of its tokens, the first of which is `first_token` of the tile.
-// Out is the type of the result; kIsGated: SiLU(gate) * up, else every row as it is.
+// Stores this warp's tiles of rows, from first_tile_m on, for its tokens, from first_token of the
+// item's tile on. Out: type of the result; kIsGated: SiLU(gate) * up, else every row as it is.
 template <typename Out, bool kIsGated, class Shape>
 __device__ void store_as(const typename Shape::Accumulators& acc, const SsmmArgs& args,
                          const Work& work, int first_tile_m, int first_token) {

@@ -7,8 +7,7 @@
 //
 //   values  [E, m*N/M, k/2]  bf16, fp16 or fp32   kept row r = block r/N, slot r%N
 //   meta    [E, m*N/M, k/8]  uint8                a nibble a group of 4; low nibble = even group
-//   index   [E, m*N/M, k/V]  uint8                row (0..M-1) of its block; ascending over the
-//   slots
+//   index   [E, m*N/M, k/V]  uint8                row (0..M-1) of its block; ascending by slot
 //
 // Host compilers read this file too: C++17, no CUDA header.
 #pragma once

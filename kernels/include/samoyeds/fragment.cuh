@@ -4,7 +4,8 @@
 //
 //   block   values  2048 B   4 steps of 32 columns; a step is one 16-byte load a lane: fragment A
 //           meta     256 B   2 words a lane; one word serves two steps (selectors 0 and 1)
-//           rows      16 B   only (1, 2, V): a word a step; bit r = row r takes the odd dense row
+//           rows      16 B   only Kind::kSwitched: a word a step; bit r = row r of the tile takes
+//                            the odd dense row of its pair
 //
 //   packed [E][tile][block], then, for general patterns, index bytes [tile][Sub-Row][16]
 //
@@ -43,12 +44,12 @@ struct Layout {
   Pattern pattern;
   int rows, cols;     // dense m, k
   int kept;           // kept rows
-  int rows_per_tile;  // of 16: general patterns hold whole blocks of N rows only
+  int rows_per_tile;  // 16, or of general patterns as many whole blocks of N as fit
   int tiles;
   int blocks;  // along k
   int block_bytes;
   Kind kind;
-  bool interleaved;  // gate rows in the upper half of a tile, their up rows in the lower one
+  bool interleaved;           // rows 0..7 of a tile are gate rows, rows 8..15 their up rows
   std::int64_t index_offset;  // of the index bytes in an expert
   std::int64_t expert_bytes;
 };
@@ -125,7 +126,7 @@ SAMOYEDS_HOST_DEVICE constexpr std::int64_t index_byte_offset(const Layout& l, i
   return l.index_offset + (static_cast<std::int64_t>(tile) * sub_rows + sub_row) * kTileRows + row;
 }
 
-// The odd-row bits change at most every so many steps of a block; 0: there are none.
+// The odd-row bits change at most every 4, 2 or 1 steps of a block; 0: there are none.
 SAMOYEDS_HOST_DEVICE constexpr int switch_period(const Layout& l) {
   const int v = l.pattern.v;
   if (l.kind != Kind::kSwitched) return 0;

@@ -1,57 +1,28 @@
-// Host side, shared by the sources: devices, plans, and how kernels are started.
+// Host side, shared by the sources: the matrix kernel's instances, plans, and every kernel.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
-#include <string>
+#include <vector>
 
-#include "samoyeds/api.h"
 #include "samoyeds/args.cuh"
+#include "samoyeds/device.hpp"
 
 namespace samoyeds {
-
-struct Device {
-  int ordinal = -1;
-  int capability = 0;  // 10 * major + minor
-  int num_sms = 0;
-  int block_shared_bytes = 0;  // most that one thread block may have
-  int sm_shared_bytes = 0;
-};
-
-// A stream, and whether the next kernel may start before its predecessor on it has ended: then it
-// must wait by itself (ptx::wait_for_previous_kernel) before it touches what that one writes.
-struct Stream {
-  const Device& device;
-  cudaStream_t handle;
-  bool overlaps = false;
-};
-
-// Status with a text, as the C interface reports it.
-struct Error {
-  SamoyedsStatus status = SAMOYEDS_OK;
-  std::string text;
-  explicit operator bool() const { return status != SAMOYEDS_OK; }
-};
-
-Error invalid(std::string text);
-Error unsupported(std::string text);
-Error check_cuda(cudaError_t code, const char* doing);
 
 using SsmmKernel = void (*)(SsmmArgs);
 
 // An instance of the matrix kernel.
 struct SsmmVariant {
-  int m_frags, n_frags, warps_m, warps_n, warps_k;  // as in SamoyedsPlan
-  int tokens;                                       // of a tile
-  int tiles_m;                                      // of 16 kept rows, that a thread block computes
-  int min_blocks;                                   // on an SM, as its registers allow
+  int m_frags, n_frags, warps_m, warps_n, warps_k, cluster;  // as in SamoyedsPlan
+  int tokens;                                                // of a tile
+  int tiles_m;     // of 16 kept rows, that a thread block computes
+  int min_blocks;  // that fit on an SM by their registers
   int threads;
   bool needs_sm90a;
   int stage_bytes, scratch_bytes;  // of shared memory
   SsmmKernel kernels[4];           // by switch_period(): 0, 1, 2, 4; null where there is none
 };
-inline constexpr int kNumVariants = 10;
+inline constexpr int kNumVariants = 11;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
 const SsmmVariant* fp16_variants();
 // Of the kernels above, the one for a weight.
@@ -61,8 +32,8 @@ inline SsmmKernel kernel_for(const SsmmVariant& variant, const Layout& layout) {
 }
 const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype);
 
-// Above so many rows the down product's results are stored in the model's dtype, as dense torch
-// does: in fp32 they would be the largest traffic of the layer.
+// Above so many pairs the down product's results, unless k is split, are stored in the model's
+// dtype, as dense torch does: in fp32 they would be the largest traffic of the layer.
 inline constexpr std::int64_t kMaxPartialPairs = 512;
 
 // Shared memory of a plan, and whether a device can run it for a weight.
@@ -71,18 +42,29 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
                  bool may_split);
 SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
                          std::int64_t num_tokens, std::int64_t top_k, bool is_down);
+const char* heuristics();  // the rules as a table
 
-// The kernels; each queues one and returns.
+// The kernels. Each function queues its own and returns; shapes as in api.h.
 Error pack(const Stream& stream, const Layout& layout, int num_experts, std::uint8_t* packed,
-           const void* values, const std::uint8_t* meta, const std::uint8_t* index);
+           const void* values, const Meta* meta, const Index* index);
 Error unpack(const Stream& stream, const Layout& layout, int num_experts,
-             const std::uint8_t* packed, void* values, std::uint8_t* meta, std::uint8_t* index);
-std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, std::int64_t tile_tokens);
+             const std::uint8_t* packed, void* values, Meta* meta, Index* index);
+// How the tokens of an expert are cut: tiles of `tokens`, as many as a multiple of `cluster`; the
+// last ones may be empty.
+struct Tiling {
+  std::int64_t tokens;
+  int cluster = 1;
+  bool operator==(const Tiling& other) const {
+    return tokens == other.tokens && cluster == other.cluster;
+  }
+};
+// At most so many tiles, whatever the router chooses.
+std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling);
 Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            int tile_tokens, int* pairs, Tile* tiles, int* num_tiles);
+            Tiling tiling, int* pairs, Tile* tiles, int* num_tiles);
 Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,
            std::int64_t max_tiles);
-// Patterns that no matrix instruction fits: tiles of kGeneralTokens tokens.
+// Layouts of Kind::kGeneral, without a plan; tiles of kGeneralTokens tokens.
 inline constexpr int kGeneralTokens = 8;
 Error general(const Stream& stream, SamoyedsDtype dtype, const SsmmArgs& args,
               std::int64_t max_tiles);
@@ -102,33 +84,14 @@ Error combine(const Stream& stream, SamoyedsDtype dtype, const Combine& args);
 // inner [pairs, I] = SiLU(gate) * up of both [pairs, 2I].
 Error gate(const Stream& stream, SamoyedsDtype dtype, const std::int64_t* top_k_index,
            int num_pairs, int num_experts, int inner_size, const void* both, void* inner);
-// Zeros into the rows of `out` [pairs, columns] whose choice belongs to no expert here.
+// Zeros into the rows of `out` [pairs][row_bytes] whose choice belongs to no expert here.
 Error clear_unrouted(const Stream& stream, const std::int64_t* top_k_index, int num_pairs,
                      int num_experts, std::int64_t row_bytes, void* out);
 
-namespace detail {
-template <typename T>
-struct Identity {
-  using type = T;
-};
-template <typename T>
-using Same = typename Identity<T>::type;  // not deduced: arguments convert to the kernel's types
-}  // namespace detail
-
-template <typename... Args>
-Error launch(const Stream& stream, void (*kernel)(Args...), dim3 grid, dim3 block, int shared,
-             const detail::Same<Args>&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream.handle;
-  config.attrs = &overlap;
-  config.numAttrs = stream.overlaps && stream.device.capability >= 90 ? 1 : 0;
-  return check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
-}
+// Every kernel but those of the variants, for the device to load.
+std::vector<const void*> pack_kernels();
+std::vector<const void*> route_kernels();
+std::vector<const void*> general_kernels();
+std::vector<const void*> combine_kernels();
 
 }  // namespace samoyeds

@@ -1,11 +1,12 @@
-// Global to shared memory, by warps of their own: those that multiply would wait for each address.
+// Global to shared memory, by warps of their own: in those that multiply, the tensor cores would
+// wait for every address.
 //
 // One stage of the pipeline holds, for each of kWarpsK parts of k, a block (128 columns) of every
 // weight tile and of every token.
 //
 //   stage   weights  [kWarpsK][kTilesM][2320 B]   fragment order, as packed
-//           tokens   [kWarpsK][kTokens][272 B]    a row of x; 16 bytes more than it has, so that
-//                                                 ldmatrix reads eight rows without bank conflicts
+//           tokens   [kWarpsK][kTokens][272 B]    128 columns of a row of x, and 16 bytes more, so
+//                                                 that ldmatrix reads 8 rows without bank conflicts
 #pragma once
 
 #include "samoyeds/ptx.cuh"
@@ -17,6 +18,7 @@ inline constexpr int kBlockStride = kRowsOffset + kRowsBytes;  // also without t
 inline constexpr int kTokenBytes = kBlockCols * 2;
 inline constexpr int kTokenStride = kTokenBytes + 16;
 inline constexpr int kMaxStages = 8;
+static_assert(kBlockStride == 2320 && kTokenStride == 272, "the drawing above");
 
 // The buffers of a thread block, and who may use one: `full` completes when its copies are there,
 // `empty` when every warp that multiplies is done with it.
@@ -40,7 +42,7 @@ struct Stages {
   __device__ void init() const {
     for (int slot = 0; slot < count; ++slot) {
       ptx::init_barrier(full(slot), Shape::kLoaders + (ptx::kHasBulkCopies ? 1 : 0));
-      ptx::init_barrier(empty(slot), kWarps);
+      ptx::init_barrier(empty(slot), kConsumers + (Shape::kCluster - 1) * kWarps);
     }
   }
 };
@@ -67,6 +69,8 @@ class Loader {
   static constexpr int kRowsAtOnce = Shape::kLoaders / kChunks;  // neighbours copy one row
   static constexpr int kPasses = kTokens / kRowsAtOnce;
   static constexpr int kAtOnce = 4;  // addresses read before the first copy
+  static_assert(sizeof(T) == 2, "a row of x has two bytes an element, as kTokenBytes says");
+  static_assert(Shape::kLoaders % kChunks == 0, "whole rows at once");
   static_assert(kTokens % (kRowsAtOnce * kAtOnce) == 0, "rows come in whole passes");
   static constexpr int kBarrier = 2;  // of the loading warps; 0 and 1 are taken
 
@@ -94,9 +98,13 @@ class Loader {
                             block_begin_ + (ptx::kHasBulkCopies ? part() : 0));
     ptx::sync_some(kBarrier, Shape::kLoaders);  // the rows of the item before are no longer needed
     for (int r = thread_; r < kTokens; r += Shape::kLoaders) {
-      // Places without a token name the first one, and are not copied.
-      const int place = work.tile.first + (r < num_tokens_ ? r : 0);
-      const int row = tokens.pairs ? __ldg(tokens.pairs + place) / tokens.pairs_per_row : place;
+      // Places without a token name the first one, and are not copied: what lies there meets only
+      // columns of the result that nobody stores.
+      int row = 0;
+      if (r < num_tokens_) {
+        const int place = work.tile.first + r;
+        row = tokens.pairs ? __ldg(tokens.pairs + place) / tokens.pairs_per_row : place;
+      }
       rows_[r] = static_cast<const T*>(args_.x) + static_cast<std::int64_t>(row) * layout.cols;
     }
     ptx::sync_some(kBarrier, Shape::kLoaders);
@@ -115,8 +123,16 @@ class Loader {
       }
       __syncwarp();
       if (thread_ < Shape::kTilesPerStage && part() < parts && tile() < num_tiles_) {
-        ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride, weights, block_bytes,
-                                                stages_.full(slot));
+        if constexpr (Shape::kCluster > 1) {
+          // Each block of the cluster loads its share for both.
+          if (thread_ % Shape::kCluster == blockIdx.x % Shape::kCluster) {
+            ptx::copy_bulk_to_cluster(to + thread_ * kBlockStride, weights, block_bytes,
+                                      stages_.full(slot));
+          }
+        } else {
+          ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride, weights, block_bytes,
+                                                  stages_.full(slot));
+        }
       }
     } else {
       const std::int64_t tile_bytes = static_cast<std::int64_t>(args_.layout.blocks) * block_bytes;
@@ -159,6 +175,7 @@ class Loader {
   }
 
  private:
+  // Of the thread's own block, where a thread copies one.
   static_assert(Shape::kTilesPerStage <= kWarpThreads, "a warp copies a stage's weights at once");
   __device__ int tile() const { return thread_ % Shape::kTilesM; }
   __device__ int part() const { return thread_ / Shape::kTilesM; }

@@ -3,7 +3,7 @@
 // (1, 2, V) without resetting accumulators: D runs through all of k, as if the weight were plain
 // 2:4, and is the sum of both dense rows. Let s_j be 1 where Sub-Row j belongs to the odd row.
 // Whenever s changes, odd += (s_old - s_new) * D; at the end odd += s_last * D, even = D - odd.
-// One multiply-add an accumulator every V columns, for two results an accumulator.
+// One multiply-add an accumulator every V columns (128 at most), for two results an accumulator.
 //
 // NOTE: a non-finite weight or activation in one row of a pair therefore reaches the other row.
 #pragma once
@@ -62,10 +62,15 @@ struct Accumulators {
 };
 
 // One block of 128 columns. `weights` and `tokens` are this warp's in shared memory. The odd-row
-// bits change at most every kSwitchPeriod steps; 0: never.
+// bits change at most every kSwitchPeriod steps, as switch_period(); the first kLive fragments of
+// tokens are multiplied.
 template <typename T, int kSwitchPeriod, int kLive, int kMFrags, int kNFrags>
 __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& acc,
                                                std::uint32_t weights, std::uint32_t tokens) {
+  static_assert(kSwitchPeriod == 0 || kSwitchPeriod == 1 || kSwitchPeriod == 2 ||
+                    kSwitchPeriod == kStepsPerBlock,
+                "the periods that switch_period() knows");
+  static_assert(kLive > 0 && kLive <= kNFrags, "live fragments are some of the warp's");
   const int lane = threadIdx.x % kWarpThreads;
   const auto switch_rows = [&](int step) {
 #pragma unroll
@@ -75,8 +80,8 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
     }
   };
   if constexpr (kSwitchPeriod == kStepsPerBlock) switch_rows(0);
-  // NOTE: not unrolled further: fragments of later steps would be read early, into registers that
-  // the accumulators need.
+  // NOTE: not unrolled: fragments of later steps would be read early, into registers that the
+  // accumulators need.
 #pragma unroll 1
   for (int pair = 0; pair < kStepsPerBlock / 2; ++pair) {
     std::uint32_t meta[kMFrags];

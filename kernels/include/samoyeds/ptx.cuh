@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace samoyeds::ptx {
 
@@ -22,6 +23,7 @@ __device__ __forceinline__ void arrive(std::uint32_t barrier) {
                : "memory");
 }
 
+// Until the barrier's phase of that parity is complete.
 __device__ __forceinline__ void wait(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t is_done;
   do {
@@ -75,7 +77,40 @@ __device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, in
   }
 }
 
+// The same to the same place in both blocks of a cluster, each of whose own barrier is told.
+__device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t to, const void* from,
+                                                     int num_bytes, std::uint32_t barrier) {
+  constexpr std::uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(num_bytes), "r"(barrier), "h"(kBoth)
+      : "memory");
+}
+
+// Arrives at the other block's barrier at the same place.
+// NOTE: with .release.cluster spelled out this would compile to a full memory barrier.
+__device__ __forceinline__ void arrive_at_peer(std::uint32_t barrier) {
+  asm volatile(
+      "{ .reg .b32 rank, peer; mov.u32 rank, %%cluster_ctarank; xor.b32 rank, rank, 1; "
+      "mapa.shared::cluster.u32 peer, %0, rank; mbarrier.arrive.shared::cluster.b64 _, [peer]; }" ::
+          "r"(barrier)
+      : "memory");
+}
+
+// All threads of both blocks; barriers that one has initialised are then known to the other.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile(
+      "fence.mbarrier_init.release.cluster; barrier.cluster.arrive.aligned; "
+      "barrier.cluster.wait.aligned;" ::
+          : "memory");
+}
+
 #else
+__device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t, const void*, int,
+                                                     std::uint32_t) {}
+__device__ __forceinline__ void arrive_at_peer(std::uint32_t) {}
+__device__ __forceinline__ void sync_cluster() {}
 inline constexpr bool kHasBulkCopies = false;
 __device__ __forceinline__ void arrive_expecting(std::uint32_t, std::uint32_t) {}
 template <bool kOnce>
@@ -88,7 +123,7 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
                : "memory");
 }
 
-// Arrives when all copies that this thread has started are there.
+// Arrives when all copies that this thread has started with copy_async* are there.
 __device__ __forceinline__ void arrive_after_copies(std::uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -159,7 +194,7 @@ __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a,
   }
 }
 
-// Registers a thread of these four warps has from here on.
+// The registers that a thread of these four warps, a warpgroup, has from here on.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline constexpr bool kCanMoveRegisters = true;
 template <int kCount>

@@ -1,5 +1,5 @@
-// Which part of the product a thread block computes next. Blocks are persistent: block b takes the
-// items b, b + gridDim.x, ...; how many there are stands on the device, so that no host waits.
+// Which part of the product a thread block computes next. Thread blocks are persistent: block b
+// takes the items b, b + gridDim.x, ... Only the device knows how many there are: no host waits.
 #pragma once
 
 #include "samoyeds/args.cuh"
@@ -7,33 +7,35 @@
 namespace samoyeds {
 
 struct Work {
-  Tile tile;
-  int first_tile_m;  // of 16 kept rows
-  int block_begin, block_end;
+  Tile tile;                   // of tokens
+  int first_tile_m;            // of 16 kept rows
+  int block_begin, block_end;  // of k, 128 columns each
   int split;
 };
 
 template <class Shape>
 class Scheduler {
-  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kTokens = Shape::kTokens, kCluster = Shape::kCluster;
 
  public:
   __device__ explicit Scheduler(const SsmmArgs& args) : args_(args) {
-    num_tiles_ =
-        args.tokens.tiles ? *args.tokens.num_tiles : ceil_div(args.tokens.num_rows, kTokens);
+    num_tiles_ = args.tokens.tiles ? *args.tokens.num_tiles
+                                   : ceil_div(args.tokens.num_rows, kTokens * kCluster) * kCluster;
   }
 
-  __device__ int num_items() const { return num_tiles_ * args_.parts.value; }
+  __device__ int num_items() const { return num_tiles_ / kCluster * args_.parts.value; }
 
   // Inside a group of tiles the tile varies fastest, then the split, then the rows.
   __device__ Work at(int item) const {
-    const int guess = item / args_.parts;  // a tile of the same group
+    // A cluster takes neighbouring tiles; groups hold whole clusters.
+    const int rank = blockIdx.x % kCluster;
+    const int guess = item / args_.parts * kCluster + rank;  // a tile of the same group
     Work work;
     work.tile = tile_at(guess);
-    const int group_first = work.tile.group >> 8, group_size = work.tile.group & 255;
-    int part = item - group_first * args_.parts.value;
+    const int group_first = work.tile.group >> 8, group_size = (work.tile.group & 255) / kCluster;
+    int part = item - group_first / kCluster * args_.parts.value;
     if (group_size > 1) {
-      const int chosen = group_first + part % group_size;
+      const int chosen = group_first + part % group_size * kCluster + rank;
       part /= group_size;
       if (chosen != guess) work.tile = tile_at(chosen);
     }
@@ -53,7 +55,8 @@ class Scheduler {
     }
     const int first = number * kTokens, group_first = number / kMaxGroup * kMaxGroup;
     const int group_size = min(kMaxGroup, num_tiles_ - group_first);
-    return {0, first, min(kTokens, args_.tokens.num_rows - first), group_first << 8 | group_size};
+    return {0, first, max(0, min(kTokens, args_.tokens.num_rows - first)),
+            group_first << 8 | group_size};
   }
 
   const SsmmArgs& args_;

@@ -1,21 +1,25 @@
 // The matrix kernel: sparse weights times the tokens that the router sends to them, on mma.sp.
 //
-// One template serves decode and large batches. A thread block of 8 warps computes
-// 16 * kMFrags * kWarpsM kept rows x 8 * kNFrags * kWarpsN tokens; kWarpsK warps share a part of
-// the result and each takes every kWarpsK-th block of k. Few tokens and small weights: many parts
-// of k, so that all of the chip streams weights. Many tokens: none, so that a fragment meets many
-// others.
+// One template serves decode and large batches. A thread block has 8 warps that multiply and one or
+// four that load. It computes, an item at a time (Scheduler), 16 * kMFrags * kWarpsM kept rows x
+// 8 * kNFrags * kWarpsN tokens; kWarpsK warps share a part of the result and each takes every
+// kWarpsK-th block of k. Few tokens and small weights: many parts of k, so that all of the chip
+// streams weights. Many tokens: one, so that a fragment meets many others.
 #pragma once
 
 #include "samoyeds/epilogue.cuh"
 
 namespace samoyeds {
 
-template <typename T_, int kMFrags_, int kNFrags_, int kWarpsM_, int kWarpsN_, int kWarpsK_>
+template <typename T_, int kMFrags_, int kNFrags_, int kWarpsM_, int kWarpsN_, int kWarpsK_,
+          int kCluster_ = 1>
 struct SsmmShape {
   using T = T_;
   static constexpr int kMFrags = kMFrags_, kNFrags = kNFrags_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
+  // Thread blocks that multiply neighbouring tiles of tokens by the same weights, and load those
+  // together: what L2 can deliver is the limit of large products.
+  static constexpr int kCluster = kCluster_;
   static constexpr int kTokens = 8 * kNFrags * kWarpsN;
   static constexpr int kTilesM = kMFrags * kWarpsM;
   static constexpr int kTilesPerStage = kTilesM * kWarpsK;
@@ -28,7 +32,10 @@ struct SsmmShape {
   static constexpr int kLoaders = (kMinBlocks == 1 ? 4 : 1) * kWarpThreads;
   static constexpr int kThreads = kConsumers + kLoaders;
   using Accumulators = samoyeds::Accumulators<kMFrags, kNFrags>;
+  static_assert(sizeof(T) == 2, "the matrix instruction takes 16-bit elements");
+  static_assert(kCluster == 1 || (kCluster == 2 && kMovesRegisters), "pairs, on sm_90a");
   static_assert(kWarpsM * kWarpsN * kWarpsK == kWarps, "every warp has its part");
+  static_assert(!kMovesRegisters || kMinBlocks == 1, "four warps load: registers move by fours");
 };
 
 inline constexpr int kAnyPeriod = -1;  // known at run time
@@ -54,7 +61,8 @@ __device__ __forceinline__ void multiply_live(typename Shape::Accumulators& acc,
   }
 }
 
-// `live` fragments of tokens hold any: the last tile of an expert is seldom full.
+// Only the first `live` fragments of tokens hold any, as the last tile of an expert is seldom full:
+// where that is half of them or less, the other half is left out.
 template <class Shape, int kSwitchPeriod>
 __device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, std::uint32_t weights,
                                          std::uint32_t tokens, int live, int period) {
@@ -67,12 +75,12 @@ __device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, std:
   multiply_live<Shape, kSwitchPeriod, kNFrags>(acc, weights, tokens, period);
 }
 
-// The warps that load: they run ahead of the others by up to all stages, into the next items too.
+// The warps that load: ahead of the others by as many stages as there are, into the next items too.
 template <class Shape>
 __device__ void load_items(const SsmmArgs& args, const Scheduler<Shape>& scheduler,
                            const Stages<Shape>& stages, const typename Shape::T** rows) {
   Loader<Shape> loader(args, stages, rows);
-  int item = blockIdx.x, steps_started = 0;
+  int item = blockIdx.x / Shape::kCluster, steps_started = 0;
   if (item < scheduler.num_items()) {
     loader.begin(scheduler.at(item));
     if (args.is_early) {
@@ -93,7 +101,7 @@ __device__ void load_items(const SsmmArgs& args, const Scheduler<Shape>& schedul
       turn.advance(stages.count);
     }
     steps_started = 0;
-    item += gridDim.x;
+    item += gridDim.x / Shape::kCluster;
     if (item < scheduler.num_items()) loader.begin(scheduler.at(item));
   }
 }
@@ -113,7 +121,8 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
 
   typename Shape::Accumulators acc;
   Turn turn;
-  for (int item = blockIdx.x; item < scheduler.num_items(); item += gridDim.x) {
+  for (int item = blockIdx.x / Shape::kCluster; item < scheduler.num_items();
+       item += gridDim.x / Shape::kCluster) {
     acc.clear();
     int num_blocks, live;
     {
@@ -127,8 +136,12 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
         multiply<Shape, kSwitchPeriod>(acc, stages.weights(turn.slot) + weights,
                                        stages.tokens(turn.slot) + tokens, live, period);
       }
-      __syncwarp();
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(stages.empty(turn.slot));
+      ptx::arrive(stages.empty(turn.slot));
+      if constexpr (Shape::kCluster > 1) {
+        // Arrivals over there are dear: one stands for the warp.
+        __syncwarp();
+        if (threadIdx.x % kWarpThreads == 0) ptx::arrive_at_peer(stages.empty(turn.slot));
+      }
       turn.advance(stages.count);
     }
     if (period != 0) acc.separate_rows();
@@ -145,7 +158,7 @@ template <class Shape, int kSwitchPeriod>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     ssmm_kernel(const __grid_constant__ SsmmArgs args) {
   if constexpr (Shape::kMovesRegisters && !ptx::kCanMoveRegisters) {
-    __trap();  // the host refuses such plans
+    __trap();  // check_plan() refuses such plans
     return;
   }
   extern __shared__ __align__(128) std::uint8_t buffers[];
@@ -155,7 +168,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const Stages<Shape> stages{ptx::shared_address(buffers), ptx::shared_address(barriers),
                              args.stages};
   if (threadIdx.x == 0) stages.init();
-  __syncthreads();
+  if constexpr (Shape::kCluster > 1) {
+    ptx::sync_cluster();
+  } else {
+    __syncthreads();
+  }
   if (!args.is_early) ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   if constexpr (ptx::kCanMoveRegisters || !Shape::kMovesRegisters) {
@@ -167,6 +184,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       if constexpr (Shape::kMovesRegisters) ptx::take_registers<232>();
       multiply_items<Shape, kSwitchPeriod>(args, scheduler, stages);
     }
+    // The peer may still signal this block's barriers.
+    if constexpr (Shape::kCluster > 1) ptx::sync_cluster();
   }
 }
 

@@ -1,4 +1,4 @@
-// The instances of the matrix kernel for one dtype; each source file compiles one.
+// The instances of the matrix kernel for a dtype; ssmm_bf16.cu and ssmm_fp16.cu compile one each.
 #pragma once
 
 #include "samoyeds/launch.hpp"
@@ -12,7 +12,7 @@ constexpr SsmmKernel kernel() {
   if constexpr (Shape::kMovesRegisters && kSwitchPeriod == 1)
     return nullptr;
   else
-    return ssmm_kernel < Shape, Shape::kIsLarge ? kSwitchPeriod : kAnyPeriod > ;
+    return ssmm_kernel<Shape, (Shape::kIsLarge ? kSwitchPeriod : kAnyPeriod)>;
 }
 
 template <class Shape>
@@ -22,6 +22,7 @@ constexpr SsmmVariant variant() {
           Shape::kWarpsM,
           Shape::kWarpsN,
           Shape::kWarpsK,
+          Shape::kCluster,
           Shape::kTokens,
           Shape::kTilesM,
           Shape::kMinBlocks,
@@ -35,11 +36,12 @@ constexpr SsmmVariant variant() {
 template <typename T>
 const SsmmVariant* variants() {
   static const SsmmVariant table[kNumVariants] = {
-      variant<SsmmShape<T, 1, 1, 1, 1, 8>>(), variant<SsmmShape<T, 1, 1, 2, 1, 4>>(),
-      variant<SsmmShape<T, 1, 1, 4, 1, 2>>(), variant<SsmmShape<T, 1, 1, 8, 1, 1>>(),
-      variant<SsmmShape<T, 1, 2, 4, 1, 2>>(), variant<SsmmShape<T, 1, 2, 8, 1, 1>>(),
-      variant<SsmmShape<T, 1, 4, 8, 1, 1>>(), variant<SsmmShape<T, 2, 4, 4, 2, 1>>(),
-      variant<SsmmShape<T, 4, 4, 4, 2, 1>>(), variant<SsmmShape<T, 4, 4, 2, 4, 1>>(),
+      variant<SsmmShape<T, 1, 1, 1, 1, 8>>(),    variant<SsmmShape<T, 1, 1, 2, 1, 4>>(),
+      variant<SsmmShape<T, 1, 1, 4, 1, 2>>(),    variant<SsmmShape<T, 1, 1, 8, 1, 1>>(),
+      variant<SsmmShape<T, 1, 2, 4, 1, 2>>(),    variant<SsmmShape<T, 1, 2, 8, 1, 1>>(),
+      variant<SsmmShape<T, 1, 4, 8, 1, 1>>(),    variant<SsmmShape<T, 2, 4, 4, 2, 1>>(),
+      variant<SsmmShape<T, 4, 4, 4, 2, 1>>(),    variant<SsmmShape<T, 4, 4, 2, 4, 1>>(),
+      variant<SsmmShape<T, 4, 4, 4, 2, 1, 2>>(),
   };
   return table;
 }

@@ -1,0 +1,93 @@
+// The plans of a layer and the order of its workspace.
+#include "samoyeds/layer.hpp"
+
+namespace samoyeds {
+namespace {
+
+Error check_mlp(const SamoyedsWeight& up, const SamoyedsWeight& down) {
+  if (up.dtype == down.dtype && up.num_experts == down.num_experts && up.rows == 2 * down.cols &&
+      up.cols == down.rows && up.is_gate_up) {
+    return {};
+  }
+  return invalid("gate_up [" + std::to_string(up.num_experts) +
+                 ", 2I, H] and down [E, H, I] must form an MLP in one dtype, found [" +
+                 std::to_string(up.rows) + ", " + std::to_string(up.cols) + "] and [" +
+                 std::to_string(down.num_experts) + ", " + std::to_string(down.rows) + ", " +
+                 std::to_string(down.cols) + "]");
+}
+
+void lay_out_workspace(Job& job) {
+  const auto take = [&job](std::int64_t bytes) {
+    const std::int64_t offset = job.total;
+    job.total += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  };
+  const auto take_tiles = [&](Tiling tiling) {
+    return take(max_tiles(job.num_pairs, job.num_experts, tiling) *
+                static_cast<std::int64_t>(sizeof(Tile)));
+  };
+  job.counts = take(2 * sizeof(int));
+  job.pairs = take(job.num_pairs * static_cast<std::int64_t>(sizeof(int)));
+  const Tiling up = job.up ? tiling_of(job.up_layout, job.up_plan) : Tiling{0};
+  if (job.up) job.up_tiles = take_tiles(up);
+  if (!job.down) return;
+  const Tiling down = tiling_of(job.down_layout, job.down_plan);
+  job.down_tiles = down == up ? job.up_tiles : take_tiles(down);
+  if (job.up) {
+    if (!job.is_fused) job.both = take(job.num_pairs * job.up->rows * 2);
+    job.inner = take(job.num_pairs * job.down->cols * 2);
+  }
+  job.rows = take(job.num_pairs * job.down->rows *
+                  (job.is_partial ? 4 * static_cast<std::int64_t>(job.down_plan.splits) : 2));
+}
+
+}  // namespace
+
+Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan) {
+  if (layout.kind == Kind::kGeneral) return {kGeneralTokens};
+  const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
+  return {variant.tokens, variant.cluster};
+}
+
+Error plan_product(const Device& device, const SamoyedsPlan* given, const Layout& layout,
+                   std::int64_t num_experts, std::int64_t num_tokens, std::int64_t top_k,
+                   bool is_down, SamoyedsPlan& plan) {
+  if (layout.kind == Kind::kGeneral) {
+    plan = {};
+    plan.splits = 1;
+    return {};
+  }
+  plan = given ? *given : choose_plan(device, layout, num_experts, num_tokens, top_k, is_down);
+  return check_plan(device, plan, layout, is_down);
+}
+
+Error make_job(const Device& device, const SamoyedsLaunch& launch, const SamoyedsRouting* routing,
+               const SamoyedsWeight* up, const SamoyedsWeight* down, Job& job) {
+  SAMOYEDS_RETURN_IF_ERROR(check_routing(routing, down != nullptr));
+  if (!up && !down) return invalid("a layer needs at least one weight");
+  job.routing = routing;
+  job.up = up;
+  job.down = down;
+  job.num_experts = up ? up->num_experts : down->num_experts;
+  job.num_pairs = routing->num_tokens * routing->top_k;
+  const auto plan = [&](const SamoyedsWeight* weight, const SamoyedsPlan* given, bool is_down,
+                        Layout& layout, SamoyedsPlan& chosen) -> Error {
+    SAMOYEDS_RETURN_IF_ERROR(layout_of(weight, layout));
+    return plan_product(device, given, layout, job.num_experts, routing->num_tokens, routing->top_k,
+                        is_down, chosen);
+  };
+  if (up) SAMOYEDS_RETURN_IF_ERROR(plan(up, launch.plan, false, job.up_layout, job.up_plan));
+  if (down) {
+    const SamoyedsPlan* given = up ? launch.down_plan : launch.plan;
+    SAMOYEDS_RETURN_IF_ERROR(plan(down, given, true, job.down_layout, job.down_plan));
+    job.is_partial = job.down_plan.splits > 1 || job.num_pairs <= kMaxPartialPairs;
+  }
+  if (up && down) {
+    SAMOYEDS_RETURN_IF_ERROR(check_mlp(*up, *down));
+    job.is_fused = job.up_layout.interleaved;
+  }
+  if (job.num_pairs > 0) lay_out_workspace(job);
+  return {};
+}
+
+}  // namespace samoyeds
