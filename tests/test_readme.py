@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from samoyeds_hf import cli
+from samoyeds_hf import build, cli, library
 from samoyeds_hf.autoload import OPT_OUT
 
 REPOSITORY = Path(__file__).parent.parent
@@ -113,9 +113,10 @@ def test_paths_exist() -> None:
 
 def test_options_and_variables_exist(capsys: pytest.CaptureFixture[str]) -> None:
     options = {option for text in INLINE for option in re.findall(r"(?<!\S)--[a-z-]+", text)}
-    for command in ("plan", "convert", "check", "export-dense", "eval", "demo"):
+    for command in ("plan", "convert", "check", "export-dense", "eval", "demo", "env"):
         with pytest.raises(SystemExit):
             cli.app([command, "--help"])
         options -= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert options - {"--model", "--model_args", "--model_"} == set()  # of lm_eval
-    assert set(re.findall(r"SAMOYEDS_\w+", README)) == {OPT_OUT}
+    variables = {OPT_OUT, build.CACHE_VARIABLE, library.KERNELS_VARIABLE, library.LIBRARY_VARIABLE}
+    assert set(re.findall(r"SAMOYEDS_\w+", README)) == variables | {"SAMOYEDS_HF_BUILD_KERNELS"}

@@ -5,102 +5,11 @@
 #include <cstdio>
 
 #include "samoyeds/launch.hpp"
+#include "samoyeds/rules.hpp"
 #include "samoyeds/ssmm.cuh"
 
 namespace samoyeds {
 namespace {
-
-// The first rule that holds is taken. Tokens: what an expert that is hit at all is expected to
-// meet. Waves: how often the items of the product, with all the splits it may have, would fill the
-// GPU.
-struct Rule {
-  int min_capability, max_capability;
-  int v_step;  // V of (1, 2, V) is a multiple of it; 0: any V
-  int min_cols;
-  double min_tokens, max_tokens;  // an expert
-  double min_waves;
-  SamoyedsPlan plan;  // stages and splits follow from the device and the shape
-  const char* measured;
-};
-
-constexpr double kAny = 1e30;
-constexpr int kHopper = 90, kNewest = 9999;
-constexpr Rule kRules[] = {
-    {80,
-     kNewest,
-     0,
-     0,
-     0,
-     7,
-     0.8,
-     {1, 1, 8, 1, 1, 0, 2, 0, 1},
-     "H200, Mixtral-8x7B, T = 16: 216 us, 86 % of the byte floor"},
-    {80,
-     kNewest,
-     0,
-     0,
-     0,
-     2,
-     0,
-     {1, 1, 2, 1, 4, 0, 2, 0, 1},
-     "H200, Qwen1.5-MoE, T = 1, up alone: 13.6 us; 15.7 us as the next rule"},
-    {80,
-     kNewest,
-     0,
-     0,
-     0,
-     7,
-     0,
-     {1, 1, 4, 1, 2, 0, 2, 0, 1},
-     "H200, Qwen1.5-MoE, T = 16, down alone: 30.3 us; 30.6 us as the first rule"},
-    {80, kNewest, 0, 0, 0, 12, 0, {1, 2, 8, 1, 1, 0, 2, 0, 1}, "TBD4"},
-    {80,
-     kNewest,
-     0,
-     0,
-     0,
-     20,
-     0,
-     {1, 4, 8, 1, 1, 0, 2, 0, 1},
-     "H200, Qwen3-30B, T = 256: 120 us, 66 % of the byte floor; 134 us as (2, 4)"},
-    {kHopper,
-     kHopper,
-     64,
-     0,
-     768,
-     kAny,
-     0,
-     {4, 4, 4, 2, 1, 0, 1, 0, 2},
-     "H200, Qwen1.5-MoE, T = 16384: 1728 us; 1780 us without clusters"},
-    {kHopper,
-     kHopper,
-     64,
-     4096,
-     200,
-     kAny,
-     0,
-     {4, 4, 4, 2, 1, 0, 1, 0, 2},
-     "H200, Mixtral-8x7B, T = 1024: 959 us; 1072 us without clusters"},
-    {kHopper,
-     kHopper,
-     64,
-     0,
-     0,
-     kAny,
-     0,
-     {4, 4, 4, 2, 1, 0, 1, 0, 1},
-     "H200, Qwen2-57B, T = 256: 328 us, 71 % of the byte floor"},
-    {80,
-     kNewest,
-     0,
-     0,
-     0,
-     28,
-     0,
-     {1, 4, 8, 1, 1, 0, 2, 0, 1},
-     "H200, Qwen1.5-MoE, T = 256, up alone: 72.4 us, the same as the next rule"},
-    {80, kNewest, 0, 0, 0, kAny, 0, {2, 4, 4, 2, 1, 0, 1, 0, 1}, "TBD10"},
-};
 
 constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
