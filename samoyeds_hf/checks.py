@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NoReturn
 
 import torch
 
+from samoyeds_hf.errors import SamoyedsError
 from samoyeds_hf.format import VALUE_DTYPES, SparseWeight, stored_shapes
 from samoyeds_hf.pattern import SparsityPattern
 
@@ -31,6 +33,18 @@ def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None
     """
     if condition is not True:
         torch._check(condition, message)
+
+
+def refuse_backward(*_: Any) -> NoReturn:
+    """The backward of every operator.
+
+    Raises:
+        SamoyedsError: always.
+    """
+    raise SamoyedsError(
+        "Sparse weights are for inference, found a backward pass through them; run or compile the "
+        "model under torch.no_grad()."
+    )
 
 
 def check_product(

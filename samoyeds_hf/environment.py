@@ -61,7 +61,7 @@ def describe() -> str:
         *((name, _version(name)) for name in _PACKAGES),
         ("GPU", _gpu()),
         ("kernel library", _kernel_library()),
-        ("experts run in", execution_path()),
+        ("experts run in", _execution_path_or_error()),
         ("autoload", _autoload()),
     ]
     return format_table(("", "found"), [(name, value) for name, value in rows], right=False)
@@ -82,9 +82,18 @@ def heuristics() -> str:
     return found.heuristics
 
 
+def _execution_path_or_error() -> str:
+    """The table is what a user looks at when a library cannot be used: it must not end in that."""
+    try:
+        return execution_path()
+    except KernelError as error:
+        return f"nothing: {_first_line(str(error))}"
+
+
 def _kernel_library() -> str:
     try:
-        found = library.load(without_gpu=True)
+        # Of several in the cache, the one that this process would use.
+        found = library.decide(may_build=False).library or library.load(without_gpu=True)
     except KernelError as error:
         return f"none: {_first_line(str(error))}"
     if found is None:

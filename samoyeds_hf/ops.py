@@ -26,7 +26,14 @@ from typing import Any
 import torch
 
 from samoyeds_hf import packed, packed_ops, reference
-from samoyeds_hf.checks import check_down, check_mlp, check_product, check_up, parse
+from samoyeds_hf.checks import (
+    check_down,
+    check_mlp,
+    check_product,
+    check_up,
+    parse,
+    refuse_backward,
+)
 from samoyeds_hf.format import SparseWeight, decode
 
 __all__ = ["linear", "moe_down", "moe_mlp", "moe_up"]
@@ -168,7 +175,7 @@ def linear(
     """
     weight, parsed = SparseWeight(values, meta, index), parse(pattern)
     check_product(x, weight, parsed, num_lead=0)
-    return torch.nn.functional.linear(x, decode(weight, parsed))
+    return reference.linear(x, decode(weight, parsed))
 
 
 @linear.register_fake
@@ -178,6 +185,10 @@ def _linear_fake(
     weight, parsed = SparseWeight(values, meta, index), parse(pattern)
     out_features = check_product(x, weight, parsed, num_lead=0)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+for _op in (moe_mlp, moe_up, moe_down, linear):
+    _op.register_autograd(refuse_backward)
 
 
 @moe_mlp.register_kernel("cuda")
@@ -230,6 +241,6 @@ def _linear_cuda(x: torch.Tensor, *others: Any) -> torch.Tensor:
     out_features = check_product(x, weight, parse(text), num_lead=0)
     now = packed.pack_now(SparseWeight(*(tensor[None] for tensor in weight)), parse(text))
     if now is None:
-        return torch.nn.functional.linear(x, decode(weight, parse(text)))
+        return reference.linear(x, decode(weight, parse(text)))
     out: torch.Tensor = packed_ops.packed_linear(x, now, out_features, text)
     return out

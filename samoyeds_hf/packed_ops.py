@@ -19,6 +19,7 @@ from samoyeds_hf.checks import (
     check_packed_mlp,
     check_packed_up,
     parse,
+    refuse_backward,
 )
 from samoyeds_hf.library import Routing, Weight
 from samoyeds_hf.packed import (
@@ -184,6 +185,10 @@ def _packed_linear_fake(
 ) -> torch.Tensor:
     check_packed_linear(x, weight)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+for _op in (packed_mlp, packed_up, packed_down, packed_linear):
+    _op.register_autograd(refuse_backward)
 
 
 def _describe(

@@ -13,6 +13,15 @@ from samoyeds_hf.format import SparseWeight, decode
 from samoyeds_hf.pattern import SparsityPattern
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The dense product, in the dtype of its arguments also inside ``torch.autocast``.
+
+    The operators have one dtype whatever surrounds them: modules cast to it and back.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return functional.linear(x, weight)
+
+
 def grouped_linear(
     x: torch.Tensor,  # [S // rows_per_token, k]
     expert_of_row: torch.Tensor,  # [S] int64; outside 0..E-1 = belongs to no expert here
@@ -33,14 +42,14 @@ def grouped_linear(
         # and as slow as it sounds.
         rows = x.repeat_interleave(rows_per_token, dim=0)
         for expert in range(num_experts):
-            y = functional.linear(rows, _dense_expert(weight, expert, pattern))
+            y = linear(rows, _dense_expert(weight, expert, pattern))
             out = torch.where((expert_of_row == expert).unsqueeze(1), y, out)
         return out
     for expert in expert_of_row.unique().tolist():
         if 0 <= expert < num_experts:
             hit = (expert_of_row == expert).nonzero().squeeze(1)
             dense = _dense_expert(weight, expert, pattern)
-            out[hit] = functional.linear(x[hit // rows_per_token], dense)
+            out[hit] = linear(x[hit // rows_per_token], dense)
     return out
 
 

@@ -184,23 +184,24 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """What ``.to()`` and its like do; they meet canonical tensors, never packed bytes."""
-        if self._specs and self._is_left_alone_by(fn):
-            return self
-        self.unpack_()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self._is_left_alone_by(fn):
+            self.unpack_()
+        kept = {id(self._tensor(name)) for name in self._specs}
+        super()._apply(lambda t: t if id(t) in kept else fn(t), recurse)  # type: ignore[no-untyped-call]
         self.pack_()
         return self
 
     def _is_left_alone_by(self, fn: Callable[..., Any]) -> bool:
-        """Whether fn hands tensors back as they are, as ``.to()`` does where nothing changes.
+        """Whether fn hands packed weights back as they are, as ``.to()`` where nothing changes.
 
-        Then packed weights keep their addresses, which CUDA graphs have captured.
+        Then they keep their addresses, which CUDA graphs have captured.
         """
-        values = self._tensor(next(iter(self._specs)))
-        for dtype in (values.dtype, torch.uint8):
-            probe = torch.ones(1, dtype=dtype, device=values.device)
-            if fn(probe) is not probe or int(probe) != 1:
-                return False
+        tensors = [self._tensor(name) for name in self._specs]
+        for device in {tensor.device for tensor in tensors}:
+            for dtype in {tensor.dtype for tensor in tensors} | {torch.uint8}:
+                probe = torch.ones(1, dtype=dtype, device=device)
+                if fn(probe) is not probe or int(probe) != 1:
+                    return False
         return True
 
     def _save_to_state_dict(

@@ -75,8 +75,19 @@ def test_with_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_decision", library.Decision(found))
     kernels = "CUDA kernels (bf16, fp16); plain torch for fp32 and on the CPU"
     assert described()["experts run in"] == kernels
+    monkeypatch.setattr(library, "_decision", library.Decision(None, "No GPU."))
     monkeypatch.setenv("SAMOYEDS_HF_LIBRARY", str(tmp_path / "nowhere.so"))
     assert described()["kernel library"].startswith("none: A kernel library must be a file")
+
+
+def test_the_table_survives_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: bool) -> library.Decision:
+        raise KernelError("A kernel library must be a file.\nMore.")
+
+    monkeypatch.setattr(library, "decide", refuse)
+    rows = described()
+    assert rows["kernel library"] == "none: A kernel library must be a file"
+    assert rows["experts run in"] == "nothing: A kernel library must be a file"
 
 
 @needs_cmake

@@ -10,6 +10,7 @@ from helpers import assert_as_good_as_dense, assert_same_bits, loop_experts, ran
 from torch.nn import functional
 
 from samoyeds_hf import SparsityPattern, encode, ops
+from samoyeds_hf.errors import SamoyedsError
 from samoyeds_hf.format import VALUE_DTYPES, SparseWeight
 from samoyeds_hf.pruning.magnitude import magnitude_mask
 
@@ -262,6 +263,24 @@ def test_routing_weights_in_another_dtype(weights_dtype):
     ours = layer.mlp(top_k_weights=weights)
     assert ours.dtype == torch.bfloat16
     assert_same_bits(ours, layer.mlp())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_changes_nothing(name, other, dtype):
+    op, arguments = calls(make_layer(Sizes(3), dtype))[name]
+    expected = op(*arguments)
+    with torch.autocast("cpu", other):
+        assert_same_bits(op(*arguments), expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_backward_is_refused(name):
+    op, (x, *others) = calls(make_layer(Sizes(3)))[name]
+    out = op(x.requires_grad_(), *others)
+    with pytest.raises(SamoyedsError, match=r"are for inference, found a backward .*no_grad"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("name", OPS)

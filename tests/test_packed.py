@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samoyeds_hf import SparsityPattern, ops, packed, packed_ops
-from samoyeds_hf.errors import KernelError
+from samoyeds_hf.errors import KernelError, SamoyedsError
 from samoyeds_hf.format import SparseWeight, encode
 from samoyeds_hf.packed import PackedSpec
 
@@ -275,6 +275,14 @@ def test_opcheck(name: str, tokens: int) -> None:
     meta = [value.to("meta") if torch.is_tensor(value) else value for value in arguments]
     found, expected = op(*meta), op(*arguments)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_backward_is_refused(name: str) -> None:
+    op, (x, *others), *_ = calls(3)[name]
+    out = op(x.requires_grad_(), *others)
+    with pytest.raises(SamoyedsError, match=r"are for inference, found a backward .*no_grad"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("name", OPS)

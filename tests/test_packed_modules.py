@@ -295,6 +295,21 @@ def test_moves(both: Both) -> None:
     assert all(state[name].shape == expected[name].shape for name in state)
 
 
+def test_moves_reach_what_is_not_packed(both: Both) -> None:
+    """Packed weights that need not change keep nothing else of their module from it."""
+    experts = modules_of(both.packed)[0]
+    address = experts.get_parameter("gate_up_proj").data_ptr()
+    values, meta, index = experts.stored("down_proj")
+    experts.store("down_proj", packed.SparseWeight(values.float(), meta, index))
+    experts.add_module("adapter", nn.Linear(2, 2))
+    experts.to(BF16)
+    assert experts.get_parameter("adapter.weight").dtype == BF16
+    assert experts.is_packed
+    assert experts.get_parameter("gate_up_proj").data_ptr() == address
+    del experts._modules["adapter"]
+    assert same_state(both.packed, both.canonical)
+
+
 def test_in_place_changes_reach_the_values(both: Both) -> None:
     """Who writes into every tensor of a module writes into canonical ones."""
     for model in both:

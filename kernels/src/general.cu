@@ -12,6 +12,7 @@ namespace samoyeds {
 namespace {
 
 constexpr int kMaxDenseRows = kMaxM * kTileRows;  // of one tile: N = 1, M = 16
+constexpr int kMaxGridY = 65535;
 static_assert(kMaxDenseRows * kGeneralTokens * sizeof(float) <= 48 * 1024,
               "a tile's sums fit the shared memory that a kernel may declare");
 
@@ -60,7 +61,8 @@ template <typename T>
 __global__ void __launch_bounds__(kWarpThreads) general_kernel(const __grid_constant__ SsmmArgs a) {
   __shared__ float dense[kMaxDenseRows * kGeneralTokens];
   const Layout& l = a.layout;
-  const int tile_m = blockIdx.y, lane = threadIdx.x;
+  const int tile_m = blockIdx.z * gridDim.y + blockIdx.y, lane = threadIdx.x;
+  if (tile_m >= l.tiles) return;
   Tile tile;
   if (a.tokens.tiles) {
     if (static_cast<int>(blockIdx.x) >= *a.tokens.num_tiles) return;
@@ -133,7 +135,9 @@ std::vector<const void*> general_kernels() {
 
 Error general(const Stream& stream, SamoyedsDtype dtype, const SsmmArgs& args,
               std::int64_t max_tiles) {
-  const dim3 grid(static_cast<unsigned>(max_tiles), args.layout.tiles);
+  // More tiles of rows than kMaxGridY, which 2^20 rows may need, go on along z.
+  const int depth = ceil_div(args.layout.tiles, kMaxGridY);
+  const dim3 grid(static_cast<unsigned>(max_tiles), ceil_div(args.layout.tiles, depth), depth);
   return dtype == SAMOYEDS_BF16
              ? launch(stream, general_kernel<__nv_bfloat16>, grid, kWarpThreads, 0, args)
              : launch(stream, general_kernel<__half>, grid, kWarpThreads, 0, args);

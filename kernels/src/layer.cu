@@ -7,6 +7,7 @@ namespace {
 // A product by the kernel that serves its pattern.
 Error multiply(Stream stream, SamoyedsDtype dtype, const SamoyedsPlan& plan, const SsmmArgs& args,
                std::int64_t max_tiles) {
+  if (max_tiles == 0) return {};  // no experts
   if (args.layout.kind != Kind::kGeneral) return ssmm(stream, plan, dtype, args, max_tiles);
   stream.overlaps = false;  // the general kernel does not wait by itself
   return general(stream, dtype, args, max_tiles);

@@ -181,9 +181,10 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
-  if (items > INT32_MAX) {
-    return unsupported("a product must have at most 2^31 - 1 parts, found " +
-                       std::to_string(items));
+  // Beyond its last item a thread block still counts one stride further.
+  if (items > INT32_MAX - slots) {
+    return unsupported("a product must have at most " + std::to_string(INT32_MAX - slots) +
+                       " parts, found " + std::to_string(items));
   }
   return launch_clusters(stream, kernel_for(variant, args.layout),
                          static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,

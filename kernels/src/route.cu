@@ -192,8 +192,10 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
                        " experts on this GPU, found " + std::to_string(num_experts));
   }
   if (shared > 48 * 1024) {
+    // Always the same limit: another thread may be about to launch with more than `shared`.
     if (Error e = check_cuda(
-            cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+            cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 stream.device.block_shared_bytes),
             "reserving shared memory")) {
       return e;
     }
