@@ -1,5 +1,5 @@
-// Which instance of the matrix kernel runs, and into what parts the product is cut: rules as data,
-// each with the measurement behind it.
+// Which instance of the matrix kernel runs, and into what parts the product is cut, by the rules of
+// rules.hpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -217,8 +217,9 @@ const char* heuristics() {
       table += std::string(line) + r.measured + "\n";
     }
     return table +
-           "stages: as many as shared memory holds; splits of the down product: the fewest idle\n"
-           "thread blocks in the last wave.\n";
+           "stages: as many as shared memory holds; splits of the down product: those that cost "
+           "the\n"
+           "least, counted in bytes.\n";
   }();
   return text.c_str();
 }
