@@ -98,8 +98,8 @@ class Loader {
                             block_begin_ + (ptx::kHasBulkCopies ? part() : 0));
     ptx::sync_some(kBarrier, Shape::kLoaders);  // the rows of the item before are no longer needed
     for (int r = thread_; r < kTokens; r += Shape::kLoaders) {
-      // Places without a token name the first one, and are not copied: what lies there meets only
-      // columns of the result that nobody stores.
+      // Places without a token are not copied: what lies in their buffers meets only columns of the
+      // result that nobody stores.
       int row = 0;
       if (r < num_tokens_) {
         const int place = work.tile.first + r;
