@@ -42,7 +42,7 @@ struct Stages {
   __device__ void init() const {
     for (int slot = 0; slot < count; ++slot) {
       ptx::init_barrier(full(slot), Shape::kLoaders + (ptx::kHasBulkCopies ? 1 : 0));
-      ptx::init_barrier(empty(slot), kConsumers + (Shape::kCluster - 1) * kWarps);
+      ptx::init_barrier(empty(slot), kConsumers * Shape::kCluster);
     }
   }
 };

@@ -137,11 +137,7 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
                                        stages.tokens(turn.slot) + tokens, live, period);
       }
       ptx::arrive(stages.empty(turn.slot));
-      if constexpr (Shape::kCluster > 1) {
-        // Arrivals over there are dear: one stands for the warp.
-        __syncwarp();
-        if (threadIdx.x % kWarpThreads == 0) ptx::arrive_at_peer(stages.empty(turn.slot));
-      }
+      if constexpr (Shape::kCluster > 1) ptx::arrive_at_peer(stages.empty(turn.slot));
       turn.advance(stages.count);
     }
     if (period != 0) acc.separate_rows();
