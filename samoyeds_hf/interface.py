@@ -13,7 +13,7 @@ from typing import Any
 
 from samoyeds_hf.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Weight(Structure):
@@ -90,6 +90,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "samoyeds_moe_mlp": (c_int, _LAUNCH, _ROUTING, _WEIGHT, _WEIGHT, c_void_p, c_void_p),
     "samoyeds_moe_up": (c_int, _LAUNCH, _ROUTING, _WEIGHT, c_void_p, c_void_p),
     "samoyeds_moe_down": (c_int, _LAUNCH, _ROUTING, _WEIGHT, c_void_p, c_void_p),
+    "samoyeds_linear_workspace_bytes": (c_int64, _LAUNCH, _WEIGHT, c_int64),
     "samoyeds_linear": (c_int, _LAUNCH, _WEIGHT, c_void_p, c_int64, c_void_p),
     "samoyeds_max_tiles": (c_int64, _ROUTING, c_int64, c_int64),
     "samoyeds_route": (c_int, _LAUNCH, _ROUTING, c_int64, c_int64, c_void_p, c_void_p, c_void_p),

@@ -21,7 +21,7 @@ from samoyeds_hf.checks import (
     parse,
     refuse_backward,
 )
-from samoyeds_hf.library import Routing, Weight
+from samoyeds_hf.library import KernelLibrary, Launch, Routing, Weight
 from samoyeds_hf.packed import (
     DTYPE_CODES,
     PackedSpec,
@@ -171,11 +171,10 @@ def packed_linear(
     launch = launch_on(x.device)
     kernels = loaded()
     num_rows = x.numel() // x.shape[-1]
-    kernels.check(
-        kernels.handle.samoyeds_linear(
-            ctypes.byref(launch), ctypes.byref(described), x.data_ptr(), num_rows, out.data_ptr()
-        )
-    )
+    head = (ctypes.byref(launch), ctypes.byref(described))
+    num_bytes = kernels.handle.samoyeds_linear_workspace_bytes(*head, num_rows)
+    _workspace = _lend_workspace(kernels, launch, num_bytes, x.device)
+    kernels.check(kernels.handle.samoyeds_linear(*head, x.data_ptr(), num_rows, out.data_ptr()))
     return out
 
 
@@ -228,12 +227,25 @@ def _launch(
     both = [None if weight is None else ctypes.byref(weight) for weight in (gate_up, down)]
     head = (ctypes.byref(launch), ctypes.byref(routing))
     num_bytes = kernels.handle.samoyeds_workspace_bytes(*head, *both)
-    if num_bytes < 0:
-        kernels.check(-num_bytes)
-    # NOTE: freed when this returns, before the kernels have run; torch hands it out again only to
-    # work that is queued behind them on this stream.
-    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
-    launch.workspace, launch.workspace_bytes = workspace.data_ptr(), num_bytes
+    _workspace = _lend_workspace(kernels, launch, num_bytes, x.device)
     weights = [weight for weight in both if weight is not None]
     function = getattr(kernels.handle, entry)
     kernels.check(function(*head, *weights, x.data_ptr(), out.data_ptr()))
+
+
+def _lend_workspace(
+    kernels: KernelLibrary, launch: Launch, num_bytes: int, device: torch.device
+) -> torch.Tensor:
+    """Memory for one call, which the caller keeps until it has queued its work.
+
+    Freed after that and before the kernels have run; torch hands it out again only to work that is
+    queued behind them on this stream.
+
+    Raises:
+        KernelError: ``num_bytes`` is negative, the library's way to refuse.
+    """
+    if num_bytes < 0:
+        kernels.check(-num_bytes)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    launch.workspace, launch.workspace_bytes = workspace.data_ptr(), num_bytes
+    return workspace

@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import silu_gate
 from hypothesis import HealthCheck, settings
+from plans import PlanNumbers
 from torch.nn import functional
 
 from samoyeds_hf import SparsityPattern, decode, library
@@ -191,13 +192,17 @@ def workspace_for(
 class LibraryRefusal(Exception):
     """A status that says that the arguments cannot be served."""
 
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
 
 def refusal(status: int, what: str) -> LibraryRefusal:
     """Checks that a refusal is one of the arguments, and has a text."""
     text = last_error()
     assert status in (INVALID_ARGUMENT, UNSUPPORTED), f"{what}: status {status}, {text!r}"
     assert text, f"{what}: status {status} without a text"
-    return LibraryRefusal(f"{what}: {text}")
+    return LibraryRefusal(f"{what}: {text}", status)
 
 
 def _byref(structure: ctypes.Structure | None) -> Any:
@@ -486,17 +491,32 @@ def moe_down(layer: Layer, inner: torch.Tensor, plan: Any = None) -> torch.Tenso
 
 
 def linear(weight: Weight, x: torch.Tensor, plan: Any = None) -> torch.Tensor:
-    """samoyeds_linear: ``[rows of x, m]``; has no workspace."""
+    """samoyeds_linear: ``[rows of x, m]``, with exactly the workspace that it asks for."""
     out = Guarded((x.shape[0], weight.rows), x.dtype)
     source, ready = Guarded.around(x), weight.ready
+    num_bytes = linear_workspace_bytes(ready, x.shape[0], plan)
+    workspace = Guarded((num_bytes,), torch.uint8) if num_bytes > 0 else None
     status = functions().samoyeds_linear(
-        ctypes.byref(make_launch(None, plan)),
+        ctypes.byref(make_launch(workspace, plan)),
         ctypes.byref(ready),
         source.pointer,
         x.shape[0],
         out.pointer,
     )
-    return _result("linear", status, out)
+    assert status == max(-num_bytes, 0), f"{num_bytes} bytes, then status {status}: {last_error()}"
+    result = _result("linear", status, out)
+    if workspace is not None:
+        workspace.check_border("(workspace of linear)")
+    return result
+
+
+def linear_workspace_bytes(weight: library.Weight, num_rows: int, plan: Any = None) -> int:
+    """Or a negative status."""
+    launch = make_launch(None, plan)
+    num_bytes: int = functions().samoyeds_linear_workspace_bytes(
+        ctypes.byref(launch), ctypes.byref(weight), num_rows
+    )
+    return num_bytes
 
 
 def _run(
@@ -525,3 +545,28 @@ def _result(name: str, status: int, out: Guarded) -> torch.Tensor:
         assert out.is_untouched(), f"written all the same: {error}"
         raise error
     return out.tensor
+
+
+# --- plans -----------------------------------------------------------------------------------
+
+
+def chosen_plan(weight: Weight, tokens: int, top_k: int, is_down: bool) -> library.Plan:
+    """What the heuristics choose."""
+    plan = library.Plan()
+    status = functions().samoyeds_choose_plan(
+        0, ctypes.byref(weight.structure()), tokens, top_k, int(is_down), ctypes.byref(plan)
+    )
+    assert status == OK, last_error()
+    return plan
+
+
+def refused(plan: PlanNumbers, layer: Layer, is_down: bool) -> str | None:
+    """What the library says against a plan; None: it would run. Nothing is queued."""
+    routing = make_routing(layer.top_k_index, layer.top_k_weights)
+    weight = layer.down if is_down else layer.gate_up
+    pointer = ctypes.byref(weight.structure())
+    launch = make_launch(plan=library.Plan(*plan))
+    arguments = ctypes.byref(launch), ctypes.byref(routing)
+    products = (None, pointer) if is_down else (pointer, None)
+    num_bytes = functions().samoyeds_workspace_bytes(*arguments, *products)
+    return str(refusal(-num_bytes, "workspace_bytes")) if num_bytes < 0 else None

@@ -18,6 +18,8 @@ MAX_STAGES = 8
 BLOCK_COLS = 128
 BLOCK_BYTES = 2320  # of 16 kept rows and 128 columns, see fragment.cuh
 TOKEN_BYTES = 272  # 128 columns of a token, and 16 bytes more
+SLAB_ROWS = 128  # dense, that a warpgroup of the Hopper kernel computes: 64 kept ones, or 2 * 64
+GROUP_WARPS = 4
 
 
 class Gpu(NamedTuple):
@@ -34,6 +36,25 @@ class Gpu(NamedTuple):
         return cls(capability, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
+class Product(NamedTuple):
+    """What a plan is for: a weight ``[m, k]``."""
+
+    v: int  # of (1, 2, V); 0: N == M
+    rows: int  # m
+    cols: int  # k
+    may_split: bool = False  # the down product
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.cols // BLOCK_COLS)
+
+    @property
+    def tiles(self) -> int:
+        """Of 16 kept rows."""
+        kept = self.rows // 2 if self.v else self.rows
+        return -(-kept // 16)
+
+
 class Instance(NamedTuple):
     """A compiled kernel, as variants.cuh names it."""
 
@@ -42,15 +63,15 @@ class Instance(NamedTuple):
     warps_m: int
     warps_n: int
     warps_k: int
-    cluster: int = 1  # thread blocks that load their weights together
+    cluster: int = 1  # thread blocks that load tokens for each other
 
     def plan(self, stages: int, blocks_per_sm: int = 1, splits: int = 1) -> PlanNumbers:
         return PlanNumbers(*self[:5], stages, blocks_per_sm, splits, self.cluster)
 
     @property
-    def tiles_m(self) -> int:
-        """Of 16 kept rows, that a thread block computes."""
-        return self.m_frags * self.warps_m
+    def is_hopper(self) -> bool:
+        """The kernel on wgmma, the only one with clusters."""
+        return self.cluster > 1
 
     @property
     def tokens(self) -> int:
@@ -67,12 +88,38 @@ class Instance(NamedTuple):
         """As its registers allow."""
         return 1 if self.m_frags * self.n_frags > 4 else 2
 
-    def shared_bytes(self, stages: int) -> int:
-        """Of a thread block: pipeline, sums of the other parts of k, barriers, addresses."""
-        stage = self.warps_k * (self.tiles_m * BLOCK_BYTES + self.tokens * TOKEN_BYTES)
+    def stages(self, product: Product) -> range:
+        """How many there may be; the Hopper kernel has its number compiled in."""
+        if not self.is_hopper:
+            return range(1, MAX_STAGES + 1)
+        return range(3, 4) if product.v else range(2, 3)
+
+    def parts(self, product: Product) -> int:
+        """Of the rows, that different thread blocks or clusters compute."""
+        if self.is_hopper:
+            slabs = product.rows // SLAB_ROWS
+            return -(-slabs // (self.warps_m // GROUP_WARPS * self.cluster))
+        return -(-product.tiles // (self.m_frags * self.warps_m))
+
+    def shared_bytes(self, stages: int, product: Product) -> int:
+        """Of a thread block."""
+        if self.is_hopper:
+            return self._hopper_shared_bytes(product)
+        # Pipeline, sums of the other parts of k, barriers, addresses.
+        tiles = self.m_frags * self.warps_m
+        stage = self.warps_k * (tiles * BLOCK_BYTES + self.tokens * TOKEN_BYTES)
         floats = 2 * 4 * self.m_frags * self.n_frags  # that a lane hands over
         sums = (WARPS - WARPS // self.warps_k) * floats * LANES * 4
         return stages * stage + sums + 2 * MAX_STAGES * 8 + self.tokens * 8
+
+    def _hopper_shared_bytes(self, product: Product) -> int:
+        """Pipeline with its barriers, staged results, and what aligns the tokens."""
+        groups = self.warps_m // GROUP_WARPS
+        kept_rows = SLAB_ROWS // 2 if product.v else SLAB_ROWS
+        weights = groups * kept_rows // 16 * BLOCK_BYTES
+        stage = self.tokens * BLOCK_COLS * 2 + weights + 2 * 8
+        staged = groups * self.tokens // 2 * BLOCK_COLS  # half a tile, 64 columns of 2 bytes
+        return self.stages(product)[0] * stage + staged + 1024
 
 
 class PlanNumbers(NamedTuple):
@@ -93,21 +140,14 @@ class PlanNumbers(NamedTuple):
         return Instance(*self[:5], self.cluster)
 
 
-class Product(NamedTuple):
-    """What a plan is for."""
-
-    v: int  # of (1, 2, V); 0: N == M
-    cols: int  # k
-    may_split: bool = False  # the down product
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.cols // BLOCK_COLS)
+HOPPER = Instance(m_frags=1, n_frags=24, warps_m=8, warps_n=1, warps_k=1, cluster=2)
 
 
 def compiled_instances() -> list[Instance]:
-    found = re.findall(r"SsmmShape<T,([\s\d,]+)>", VARIANTS.read_text())
-    return [Instance(*map(int, numbers.split(","))) for numbers in found]
+    table = VARIANTS.read_text()
+    found = re.findall(r"SsmmShape<T,([\s\d,]+)>", table)
+    instances = [Instance(*map(int, numbers.split(","))) for numbers in found]
+    return instances + [HOPPER] * len(re.findall(r"hopper_variant<HopperShape<T", table))
 
 
 INSTANCES = compiled_instances()
@@ -118,16 +158,22 @@ def broken_rules(plan: PlanNumbers, product: Product, gpu: Gpu) -> list[str]:
     instance = plan.instance
     if instance not in INSTANCES:
         return ["compiled kernel"]
-    most_splits = product.blocks if product.may_split else 1
+    shared_bytes = instance.shared_bytes(plan.stages, product)
     rules = {
         "compute capability 9.0": not instance.needs_sm90a or gpu.capability == 90,
-        # They have no registers left for rows that switch every 32 columns.
-        "multiple of 64": not instance.needs_sm90a or product.v % 64 == 0,
-        "stages": 1 <= plan.stages <= MAX_STAGES,
         "blocks_per_sm": 1 <= plan.blocks_per_sm <= instance.most_blocks_per_sm,
-        "splits": 1 <= plan.splits <= most_splits,
-        "bytes of shared memory": instance.shared_bytes(plan.stages) <= gpu.block_shared_bytes,
+        "bytes of shared memory": shared_bytes <= gpu.block_shared_bytes,
     }
+    if instance.is_hopper:
+        stages = instance.stages(product)[0]
+        is_whole = product.rows % SLAB_ROWS == 0 and product.cols % BLOCK_COLS == 0
+        rules["multiples of 128"] = is_whole
+        rules[f"1 split and {stages} stages"] = (plan.splits, plan.stages) == (1, stages)
+    else:
+        # The largest have no registers left for rows that switch every 32 columns.
+        rules["multiple of 64"] = not instance.needs_sm90a or product.v % 64 == 0
+        rules["stages"] = plan.stages in instance.stages(product)
+        rules["splits"] = 1 <= plan.splits <= (product.blocks if product.may_split else 1)
     return [words for words, holds in rules.items() if not holds]
 
 
@@ -144,13 +190,7 @@ def legal_plans(instance: Instance, product: Product, gpu: Gpu) -> list[PlanNumb
     return [plan for plan in plans if not broken_rules(plan, product, gpu)]
 
 
-def tokens_for_three_rounds(instance: Instance, tiles: int, gpu: Gpu) -> int:
-    """Tokens of which each thread block computes about three tiles, one after another.
-
-    Args:
-        instance: of the kernel.
-        tiles: of 16 kept rows in the weight.
-        gpu: that runs it.
-    """
-    parts = -(-tiles // instance.tiles_m)
-    return 3 * gpu.num_sms * instance.most_blocks_per_sm * instance.tokens // parts
+def tokens_for_three_rounds(instance: Instance, product: Product, gpu: Gpu) -> int:
+    """Tokens of which each thread block computes about three tiles, one after another."""
+    slots = gpu.num_sms * instance.most_blocks_per_sm // instance.cluster
+    return 3 * slots * instance.tokens // instance.parts(product)

@@ -44,6 +44,7 @@ int64_t samoyeds_workspace_bytes(const L*, const R*, const W*, const W*) { retur
 int samoyeds_moe_mlp(const L*, const R*, const W*, const W*, const void*, void*) { return 2; }
 int samoyeds_moe_up(const L*, const R*, const W*, const void*, void*) { return 2; }
 int samoyeds_moe_down(const L*, const R*, const W*, const void*, void*) { return 2; }
+int64_t samoyeds_linear_workspace_bytes(const L*, const W*, int64_t) { return -2; }
 int samoyeds_linear(const L*, const W*, const void*, int64_t, void*) { return 2; }
 int64_t samoyeds_max_tiles(const R*, int64_t, int64_t) { return 0; }
 #ifndef ONE_FUNCTION_LESS

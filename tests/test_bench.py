@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from samoyeds_hf import SparsityPattern, validate
+from samoyeds_hf.errors import BuildError
+from samoyeds_hf.toolchain import Toolchain
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 CPU = torch.device("cpu")
@@ -56,14 +58,39 @@ def test_targets(bench: ModuleType) -> None:
     assert text("qwen1.5-moe", 4) == "2.5x"
     assert text("qwen1.5-moe", 256) == "3.5x, 65% of the floor"
     assert text("qwen3-30b-a3b", 1024) == "1.5x"
-    assert text("mixtral-8x22b", 16384) == "1.3x"
+    assert text("mixtral-8x22b", 16384) == "12.3 ms"
+    assert text("mixtral-8x22b", 8192) == "1.3x"
     assert text("mixtral-8x7b", 64, "2:4") == "None"
     for model in bench.layers.SHAPES:
         assert model in bench.targets.LARGE + bench.targets.FINE
+        assert set(bench.targets.TIMES_MS[model]) == {4096, 16384}
     target = bench.targets.Target(3.0, 0.75)
-    assert target.is_met(3.0, 0.75)
-    assert not target.is_met(3.1, 0.74)
-    assert not target.is_met(2.9, 0.9)
+    assert target.is_met(3.0, 0.75, 1.0)
+    assert not target.is_met(3.1, 0.74, 1.0)
+    assert not target.is_met(2.9, 0.9, 1.0)
+    target = bench.targets.Target(time_ms=1.9)
+    assert target.is_met(1.0, 0.1, 1900.0)
+    assert not target.is_met(9.0, 0.9, 1900.1)
+
+
+def test_targets_of_products(bench: ModuleType) -> None:
+    targets = bench.targets
+    for text in bench.bench_ssmm.CASES:
+        target = targets.product_target_of(text, targets.TARGET_PATTERN)
+        assert target.dense >= 2
+    assert str(targets.product_target_of("14336x4096x4096", "1:2:128")) == (
+        "2.5x dense, 1.7x cuSPARSELt"
+    )
+    assert str(targets.product_target_of("14336x4096x4096", "1:2:64")) == "0.8x 1:2:128"
+    assert str(targets.product_target_of("14336x4096x4096", "2:4")) == "1.6x dense"
+    assert targets.product_target_of("14336x4096x4096", "1:2:32") is None
+    target = targets.ProductTarget(dense=2.5, cusparselt=1.7)
+    assert target.is_met({"dense": 2.5, "cusparselt": 1.7, "target_pattern": None}) is True
+    assert target.is_met({"dense": 2.5, "cusparselt": 1.6, "target_pattern": 1.0}) is False
+    assert target.is_met({"dense": 2.5, "cusparselt": None, "target_pattern": 1.0}) is None
+    assert target.is_met({"dense": 2.4, "cusparselt": None, "target_pattern": 1.0}) is False
+    assert targets.ceiling_tflops(SparsityPattern.parse("1:2:64").density) == 3400
+    assert targets.ceiling_tflops(SparsityPattern.parse("2:4").density) == 1700
 
 
 def test_floors_are_those_of_the_format(bench: ModuleType) -> None:
@@ -112,6 +139,142 @@ def test_experts(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("matplotlib")
     bench.plot.main([str(path)])
     assert path.with_suffix(".png").exists()
+
+
+def test_every_expert_meets_as_many_tokens(bench: ModuleType) -> None:
+    tokens = bench.products.Product.parse("64x5x128x3").random_tokens(CPU)
+    assert tokens.top_k_index.flatten().bincount().tolist() == [5, 5, 5] == tokens.counts
+    assert tokens.offsets.tolist() == [5, 10, 15]
+    assert tokens.sorted_by_expert().shape == (15, 128)
+
+
+def test_products(bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "ssmm_h200.csv"
+    arguments = ["--device", "cpu", "--shapes", "64x24x256", "64x5x128x4"]
+    arguments += ["--patterns", "1:2:128", "1:2:32", "2:4", "--out", str(path)]
+    bench.bench_ssmm.main(arguments)
+    bench.bench_ssmm.main(arguments)
+    rows = rows_of(path)
+    assert [(row["m"], row["n"], row["k"], row["groups"]) for row in rows] == [
+        *[("64", "24", "256", "1")] * 4,
+        *[("64", "5", "128", "4")] * 4,
+    ]
+    assert [row["path"] for row in rows] == [
+        *["cuBLAS", "samoyeds", "samoyeds", "samoyeds"],
+        *["F.grouped_mm", "samoyeds", "samoyeds", "samoyeds"],
+    ]
+    assert {row["x_dense"] for row in rows if not row["pattern"]} == {"1.000"}
+    ours = [row for row in rows if row["path"] == "samoyeds"]
+    assert all(0 <= float(row["relative_error"]) < 0.01 for row in ours)
+    assert {row["x_1:2:128"] for row in ours if row["pattern"] == "1:2:128"} == {"1.000"}
+    assert {row["x_cusparselt"] for row in rows} == {""}  # which a CPU does not run
+    pytest.importorskip("matplotlib")
+    bench.plot.main([str(path)])
+    assert path.with_suffix(".png").exists()
+
+
+def test_wrong_products_are_not_timed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = bench.products.linear
+    monkeypatch.setattr(bench.products, "linear", lambda *args: linear(*args).roll(1, dims=-1))
+    with pytest.raises(SystemExit, match="wrong results are not timed"):
+        bench.bench_ssmm.main(["--device", "cpu", "--shapes", "64x24x128"])
+
+
+def test_rows_of_products(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every path, with times made up: 100 us are 1000 TFLOP/s."""
+    product = bench.products.Product(10_000, 500, 10_000)
+
+    def took(time_us: float) -> object:
+        return bench.bench_ssmm.Measured(bench.timing.Time(1, time_us, 999), 1700, 1e-3)
+
+    found = {
+        ("", "cuBLAS"): took(130),
+        ("2:4", "cuSPARSELt"): took(90),
+        ("1:2:128", "samoyeds"): took(50),
+        ("1:2:64", "samoyeds"): took(65),
+        ("1:2:64", "samoyeds kernel"): took(60),
+    }
+    target = bench.targets.ProductTarget(dense=2.5, cusparselt=1.7)
+    monkeypatch.setitem(bench.targets.PRODUCT_TARGETS, str(product), {"1:2:128": target})
+    rows = [bench.bench_ssmm.row_of(product, found, *key, runs=3) for key in found]
+    dense, rival, ours, finer, alone = rows
+    assert dense["tflops"] == "769.2"
+    assert (dense["x_cusparselt"], dense["share_of_ceiling"], dense["met"]) == ("0.692", "", "")
+    assert (rival["x_dense"], rival["x_cusparselt"]) == ("1.444", "1.000")
+    assert rival["share_of_ceiling"] == f"{1e5 / 90 / 1700:.3f}"
+    assert (ours["x_dense"], ours["x_cusparselt"], ours["met"]) == ("2.600", "1.800", "yes")
+    assert ours["share_of_ceiling"] == f"{2000 / 3400:.3f}"
+    assert (finer["x_1:2:128"], finer["target"], finer["met"]) == ("0.769", "0.8x 1:2:128", "no")
+    assert (alone["x_1:2:128"], alone["met"]) == ("", "")  # its kernel was not seen there
+
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "ssmm_h200.csv"
+    columns = dict.fromkeys(("gpu", "cuda", "torch", "transformers", "commit"), "none")
+    bench.record.merge_rows(path, [{**row, **columns} for row in rows], bench.bench_ssmm.KEY)
+    bench.plot.main([str(path)])
+    assert path.with_suffix(".png").exists()
+
+
+def test_kernels_that_start_early_count_from_when_they_can(bench: ModuleType) -> None:
+    kernels = [
+        ("void hopper_kernel<2>(SsmmArgs)", 12.0, 40.0),  # waits for the copy until 20
+        ("gather_kernel(Gather)", 10.0, 20.0),
+        ("reduce_kernel", 0.0, 9.0),
+        ("void hopper_kernel<2>(SsmmArgs)", 55.0, 80.0),
+    ]
+    assert bench.timing.alone_us(kernels, ("hopper_kernel", "ssmm_kernel")) == [20.0, 25.0]
+    assert bench.timing.alone_us(kernels, ("ssmm_kernel",)) == []
+
+
+@pytest.fixture
+def rival(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler, beside a package; it and its programs keep their arguments in .log files."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" > "$0.log"\n'
+        'while [ "$1" != -o ]; do shift; done\n'
+        """printf '#!/bin/sh\\necho "$@" > "$0.log"; echo 1,2,3,4,rows,10.5,11.25,12\\n' > "$2"\n"""
+        'chmod +x "$2"\n'
+    )
+    nvcc.chmod(0o755)
+    packages = tmp_path / "nvidia"
+    for name in ("cusparselt/lib/libcusparseLt.so.0", "cu13/include/cusparse.h"):
+        (packages / name).parent.mkdir(parents=True)
+        (packages / name).touch()
+    toolchain = Toolchain(nvcc, "13.0", Path("cmake"), "Ninja")
+    monkeypatch.setattr(bench.cusparselt, "PACKAGES", packages)
+    monkeypatch.setattr(bench.cusparselt, "find_toolchain", lambda: toolchain)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return nvcc
+
+
+def test_rival(bench: ModuleType, rival: Path, tmp_path: Path) -> None:
+    program = bench.cusparselt.compile_program(tmp_path, torch.device("cuda"))
+    command = rival.with_suffix(".log").read_text().split()
+    assert "-arch=sm_90" in command
+    assert str(BENCH / "cusparselt.cu") in command
+    assert str(tmp_path / "nvidia" / "cu13" / "include") == command[command.index("-isystem") + 1]
+    found = bench.cusparselt.measure(program, 128, 64, 256, 3)
+    assert found == bench.timing.Time(10.5, 11.25, 12)
+    assert program.with_suffix(".log").read_text().split() == ["128", "64", "256", "3"]
+
+
+def test_rival_that_is_missing_or_fails(bench: ModuleType, rival: Path, tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(BuildError, match="needs a CUDA device, found cpu"):
+        bench.cusparselt.compile_program(tmp_path, CPU)
+    rival.write_text("#!/bin/sh\necho no such header >&2; exit 1\n")
+    with pytest.raises(BuildError, match=r"failed on cusparselt\.cu:\nno such header"):
+        bench.cusparselt.compile_program(tmp_path, cuda)
+    with pytest.raises(RuntimeError, match="no such header"):
+        bench.cusparselt.measure(rival, 128, 64, 256, 3)
+    (tmp_path / "nvidia" / "cusparselt" / "lib" / "libcusparseLt.so.0").unlink()
+    with pytest.raises(BuildError, match="needs the package that torch comes with, found none"):
+        bench.cusparselt.compile_program(tmp_path, cuda)
+    assert bench.bench_ssmm.compile_rival(tmp_path, cuda) is None  # the rest is measured without
 
 
 @pytest.mark.parametrize("model", ["mixtral-8x7b", "qwen1.5-moe"])

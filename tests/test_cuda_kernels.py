@@ -5,20 +5,18 @@ Outputs and workspaces are poisoned and guarded, see cuda_helpers.py. Needs a CU
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cuda_checks import both_dtypes, check_down, check_linear, check_mlp, check_up
 from cuda_helpers import (
     GPU,
     HALF_DTYPES,
     ROUTINGS,
-    Layer,
     Shape,
     fresh_examples,
     generator,
-    grouped,
     linear,
     moe_down,
     moe_mlp,
@@ -37,50 +35,10 @@ from samoyeds_hf.errors import PatternError
 
 pytestmark = GPU
 
-both_dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=["bf16", "fp16"])
-
 
 @pytest.fixture
 def seed() -> int:
     return random_seed()
-
-
-def twice(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A result that is bitwise equal on repeat."""
-    first, second = call(), call()
-    assert_same_bits(second, first)
-    return first
-
-
-def check_mlp(layer: Layer, **plans: Any) -> None:
-    ours = twice(lambda: moe_mlp(layer, **plans))
-    dense, exact = layer.reference(layer.hidden.dtype), layer.reference(torch.float64)
-    assert_as_good_as_dense(ours, dense, exact, f"moe_mlp {layer.shape}")
-    alone = ~layer.is_mine.any(dim=1)
-    assert_same_bits(ours[alone], torch.zeros_like(ours[alone]))
-
-
-def check_up(layer: Layer, plan: Any = None) -> None:
-    ours = twice(lambda: moe_up(layer, plan))
-    arguments = layer.hidden, layer.top_k_index, layer.gate_up.dense
-    dense, exact = (grouped(*arguments, dtype) for dtype in (ours.dtype, torch.float64))
-    assert_as_good_as_dense(ours, dense, exact, f"moe_up {layer.shape}")
-    elsewhere = ours[~layer.is_mine.reshape(-1)]
-    assert_same_bits(elsewhere, torch.zeros_like(elsewhere))
-
-
-def check_down(layer: Layer, seed: int, plan: Any = None) -> None:
-    size = (layer.top_k_index.numel(), layer.shape.inner)
-    inner = torch.randn(size, generator=generator(seed), device=layer.hidden.device)
-    inner = inner.to(layer.hidden.dtype)
-    clean = inner.masked_fill(~layer.is_mine.reshape(-1, 1), 0)
-    inner[~layer.is_mine.reshape(-1)] = float("nan")  # the model's gate may leave anything there
-    ours = twice(lambda: moe_down(layer, inner, plan))
-    dense, exact = (
-        layer.combine(grouped(clean, layer.top_k_index, layer.down.dense, dtype), dtype)
-        for dtype in (ours.dtype, torch.float64)
-    )
-    assert_as_good_as_dense(ours, dense, exact, f"moe_down {layer.shape}")
 
 
 # --- shapes that Hypothesis draws ------------------------------------------------------------
@@ -149,9 +107,7 @@ def test_any_linear(data: st.DataObject, num_rows: int, m: int, k: int, dtype: A
     text = data.draw(st.sampled_from(fitting(m, k)))
     weight = random_weight((1, m, k), text, dtype, rng)
     x = torch.randn(num_rows, k, generator=rng, device="cuda").to(dtype)
-    ours = twice(lambda: linear(weight, x))
-    exact = functional.linear(x.double(), weight.dense[0].double())
-    assert_as_good_as_dense(ours, functional.linear(x, weight.dense[0]), exact, text)
+    check_linear(weight, x)
 
 
 # --- shapes that are easily wrong ------------------------------------------------------------
@@ -301,10 +257,7 @@ def test_up_of_a_weight_that_is_no_gate(seed: int) -> None:
     """moe_up multiplies any weight: rows in their own order whether or not tiles interleave."""
     layer = random_layer(Shape(30, hidden=128, inner=96), torch.bfloat16, seed)
     plain = random_weight((5, 192, 128), "1:2:32", torch.bfloat16, generator(seed))
-    ours = moe_up(layer, weight=plain)
-    arguments = layer.hidden, layer.top_k_index, plain.dense
-    dense, exact = (grouped(*arguments, dtype) for dtype in (torch.bfloat16, torch.float64))
-    assert_as_good_as_dense(ours, dense, exact)
+    check_up(layer, weight=plain)
 
 
 def test_parts_equal_the_whole(seed: int) -> None:

@@ -32,6 +32,7 @@ from cuda_helpers import (
     kernels,
     last_error,
     linear,
+    linear_workspace_bytes,
     make_launch,
     make_plan,
     make_routing,
@@ -51,7 +52,7 @@ from cuda_helpers import (
 from fragment_emulation import pack as emulated_pack
 from helpers import assert_same_bits
 
-from samoyeds_hf import library
+from samoyeds_hf import interface, library
 from samoyeds_hf.errors import KernelError
 from samoyeds_hf.format import SparseWeight
 
@@ -402,8 +403,11 @@ def test_workspace_one_byte_too_small() -> None:
 
 
 def test_sizes_of_bad_arguments_are_negative() -> None:
-    """samoyeds_packed_bytes and samoyeds_workspace_bytes return a status with its sign turned."""
-    weight = random_weight((2, 64, 64), "1:2:32", torch.bfloat16, generator(0))
+    """Functions that return a size return a status with its sign turned."""
+    two, one = (
+        random_weight((experts, 64, 64), "1:2:32", torch.bfloat16, generator(0))
+        for experts in (2, 1)
+    )
     for member, value in (
         ("rows", -2),
         ("cols", 100),
@@ -411,7 +415,7 @@ def test_sizes_of_bad_arguments_are_negative() -> None:
         ("dtype", 2),
         ("num_experts", -1),
     ):
-        bad = weight.structure(**{member: value})
+        bad = two.structure(**{member: value})
         assert functions().samoyeds_packed_bytes(ctypes.byref(bad)) < 0, member
         assert last_error()
         routing = make_routing(torch.zeros(4, 2, dtype=torch.int64, device=DEVICE))
@@ -419,6 +423,13 @@ def test_sizes_of_bad_arguments_are_negative() -> None:
         sizes = launch, ctypes.byref(routing), ctypes.byref(bad), None
         assert functions().samoyeds_workspace_bytes(*sizes) < 0, member
         assert last_error()
+        assert linear_workspace_bytes(one.structure(**{member: value}), 4) < 0, member
+        assert last_error()
+    for num_rows in (-1, *HUGE):
+        assert linear_workspace_bytes(one.structure(), num_rows) == -INVALID_ARGUMENT
+        assert "num_rows" in last_error()
+    assert linear_workspace_bytes(two.structure(), 4) == -INVALID_ARGUMENT
+    assert "one expert" in last_error()
 
 
 def test_text_of_an_error_belongs_to_its_thread() -> None:
@@ -455,7 +466,7 @@ def test_names_and_versions() -> None:
     loaded = kernels()
     assert loaded.layout == "m16k128.v1"
     assert "sm_" in loaded.build_info
-    assert functions().samoyeds_abi_version() == 1
+    assert functions().samoyeds_abi_version() == interface.ABI_VERSION
     bad = make_launch()
     bad.device = -1
     status = call("moe_mlp", {**good_arguments("moe_mlp")[0], "launch": bad})
@@ -465,6 +476,9 @@ def test_names_and_versions() -> None:
 
 
 # --- no allocation, no waiting, the caller's device ------------------------------------------
+
+
+FOR_HOPPER = Shape(600, experts=2, inner=128)  # its kernel, on a GPU that has it
 
 
 def all_calls(layer: Layer, weight: Weight) -> None:
@@ -516,8 +530,9 @@ def test_nothing_is_allocated_on_the_device() -> None:
     kernels()
     layer = random_layer(Shape(300, experts=6), torch.bfloat16, 0)
     general = random_layer(Shape(300, experts=6, up="4:8:32", down="4:8:32"), torch.bfloat16, 0)
-    weight = random_weight((1, 64, 128), "1:2:32", torch.bfloat16, generator(0))
-    for each in (layer, general):
+    many = random_layer(FOR_HOPPER, torch.bfloat16, 0)
+    weight = random_weight((1, 128, 128), "1:2:32", torch.bfloat16, generator(0))
+    for each in (layer, general, many):
         all_calls(each, weight)  # torch allocates its buffers, and loads its own kernels
 
     def foreign_bytes() -> int:
@@ -528,21 +543,21 @@ def test_nothing_is_allocated_on_the_device() -> None:
 
     before = foreign_bytes()
     for _ in range(100):  # CUDA takes 2 MiB at a time: little that is lost would not show at once
-        for each in (layer, general):
+        for each in (layer, general, many):
             all_calls(each, weight)
     assert foreign_bytes() == before
 
 
 def test_calls_do_not_wait_for_the_device() -> None:
     """Everything returns while the stream is still busy with something else."""
-    for up in ("1:2:32", "2:4", "4:8:32"):
-        shape = Shape(100, experts=4, up=up, down=up)
+    patterns = ("1:2:32", "2:4", "4:8:32")
+    for shape in (*(Shape(100, experts=4, up=text, down=text) for text in patterns), FOR_HOPPER):
         layer = random_layer(shape, torch.bfloat16, 0)
         routing = make_routing(layer.top_k_index, layer.top_k_weights)
         gate_up, down = layer.gate_up.ready, layer.down.ready
         workspace = workspace_for(routing, gate_up, down)
         expected = moe_mlp(layer)
-        out = Guarded((100, 128), torch.bfloat16)
+        out = Guarded((shape.tokens, 128), torch.bfloat16)
         synchronize()
         begin = time.monotonic()
         torch.cuda._sleep(2_000_000_000)  # clock cycles: about a second

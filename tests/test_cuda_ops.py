@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from samoyeds_hf.packed import PackedSpec, pack
 
 pytestmark = GPU
 OPS = ["mlp", "up", "down", "linear"]
+MANY = 500  # tokens: where sizes allow it, the Hopper kernel's
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,8 @@ def calls(layer: Layer, seed: int = 0) -> dict[str, Call]:
     dtype = layer.hidden.dtype
     rows = torch.randn(layer.top_k_index.numel(), shape.inner, generator=rng, device="cuda")
     inner = rows.to(dtype)
-    single = random_weight((1, 72, shape.hidden), shape.up, dtype, rng)
+    out_features = 384 if shape.tokens >= MANY else 72  # the Hopper kernel's, or a tail
+    single = random_weight((1, out_features, shape.hidden), shape.up, dtype, rng)
     one = tuple(tensor[0] for tensor in single.stored)
     batch = torch.randn(2, shape.tokens, shape.hidden, generator=rng, device="cuda").to(dtype)
     two_inner, patterns = 2 * shape.inner, (shape.up, shape.down)
@@ -94,7 +97,7 @@ def calls(layer: Layer, seed: int = 0) -> dict[str, Call]:
         ),
         "linear": Call(
             torch.ops.samoyeds.packed_linear,
-            (batch, packed_tensor(single), 72, shape.up),
+            (batch, packed_tensor(single), out_features, shape.up),
             torch.ops.samoyeds.linear,
             (batch, *one, shape.up),
         ),
@@ -106,6 +109,7 @@ SHAPES = [
     Shape(1),
     Shape(33, experts=7, top_k=3, routing="sentinels"),
     Shape(19, hidden=136, inner=40, up="2:4", down="4:8:8"),
+    Shape(MANY, experts=3, inner=128, up="2:4", down="1:2:128", routing="sentinels"),
 ]
 
 
@@ -248,6 +252,7 @@ GRAPHS = [
     Shape(64, experts=8, top_k=4, hidden=256, inner=192, routing="sentinels"),
     Shape(700, experts=5, top_k=2, hidden=256, inner=192, up="1:2:64", down="2:4"),
     Shape(40, experts=3, top_k=2, hidden=64, inner=64, up="4:8:32", down="8:16:32"),
+    Shape(2000, experts=4, top_k=2, hidden=256, inner=384, up="1:2:128", down="1:2:64"),
 ]
 
 
@@ -337,10 +342,13 @@ def test_nothing_waits_for_the_device(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_workspace_is_given_back() -> None:
+@pytest.mark.parametrize("shape", GRAPHS, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_workspace_is_given_back(name: str, shape: Shape) -> None:
     """A call holds its workspace while it runs and no longer."""
-    call = calls(random_layer(GRAPHS[2], torch.bfloat16, random_seed()))["mlp"]
+    call = calls(random_layer(shape, torch.bfloat16, random_seed()))[name]
     out = call.packed(*call.packed_arguments)
+    gc.collect()  # what earlier tests left
     before = torch.cuda.memory_allocated()
     for _ in range(10):
         out = call.packed(*call.packed_arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import json
 import re
 import shlex
@@ -16,9 +17,11 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from plans import HOPPER
 
 from samoyeds_hf.interface import SIGNATURES, KernelLibrary, Weight
 from samoyeds_hf.toolchain import ARCHITECTURES
@@ -94,8 +97,14 @@ def test_compiles_to_what_it_should(
         real = {name: code for name, code in kernels.items() if len(code) > TRAP_BYTES}
         assert real
         assert arch != "90a" or real == kernels
-        without = [name for name, code in real.items() if not any(sparse_products(code))]
+        products = {name: list(products_of(code)) for name, code in real.items()}
+        without = [name for name, found in products.items() if not any(p.is_sparse for p in found)]
         assert not without, "\n".join(without)
+        # an instruction for each number of tokens that is multiplied, and no other product
+        hopper = {name: set(found) for name, found in products.items() if "hopper" in name}
+        sizes = {TensorProduct(True, tokens) for tokens in range(16, HOPPER.tokens + 1, 16)}
+        assert all(found == sizes for found in hopper.values()), hopper
+        assert len(hopper) == (4 if arch == "90a" else 0)  # N = M, and three periods of switching
 
 
 PRODUCTS = r"""
@@ -116,15 +125,44 @@ DENSE(dense_fp16, "f16")
 """
 
 
+def group_product(name: str, dtype: str, is_sparse: bool, tokens: int) -> str:
+    """A kernel whose single product is that of a warpgroup, which only sm_90a has."""
+    count = tokens // 2  # results of a thread
+    operands = [f"%{number}" for number in range(count + 6)]
+    results, values = ", ".join(operands[:count]), ", ".join(operands[count:-2])
+    kind, k, meta = (".sp", 32, f", {operands[-1]}, 0") if is_sparse else ("", 16, "")
+    text = (
+        "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned; "
+        f"wgmma.mma_async{kind}.sync.aligned.m64n{tokens}k{k}.f32.{dtype}.{dtype} "
+        f"{{{results}}}, {{{values}}}, {operands[-2]}{meta}, p, 1, 1, 0; "
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
+    )
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(a[4])'
+    arguments = "float* d, const unsigned* a, unsigned long long b"
+    body = f'asm volatile("{text}" : {outputs} : {inputs});'
+    return f'extern "C" __global__ void {name}({arguments}) {{ {body} }}\n'
+
+
 @pytest.mark.parametrize("arch", MACHINES)
-def test_sparse_products_are_told_from_dense_ones(arch: str, tmp_path: Path) -> None:
+def test_products_are_told_from_each_other(arch: str, tmp_path: Path) -> None:
     """The reading of machine code below, on kernels whose single product is known."""
-    (tmp_path / "products.cu").write_text(PRODUCTS)
+    source = PRODUCTS
+    expected = {
+        f"{kind}_{dtype}": [TensorProduct(kind == "sparse", 8)]
+        for kind in ("sparse", "dense")
+        for dtype in ("bf16", "fp16")
+    }
+    if arch == "90a":
+        for dtype, is_sparse, tokens in itertools.product(("bf16", "f16"), (1, 0), (16, 96, 192)):
+            name = f"group_{dtype}_{is_sparse}_{tokens}"
+            source += group_product(name, dtype, bool(is_sparse), tokens)
+            expected[name] = [TensorProduct(bool(is_sparse), tokens)]
+    (tmp_path / "products.cu").write_text(source)
     command = ["nvcc", f"-arch=sm_{arch}", "-cubin", "products.cu", "-o", "products.cubin"]
     subprocess.run(command, cwd=tmp_path, check=True)
     found = kernels_of(tmp_path / "products.cubin")
-    count = {name: sum(sparse_products(code)) for name, code in found.items()}
-    assert count == {"sparse_bf16": 1, "sparse_fp16": 1, "dense_bf16": 0, "dense_fp16": 0}
+    assert {name: list(products_of(code)) for name, code in found.items()} == expected
 
 
 def kernels_of(cubin: Path) -> dict[str, bytes]:
@@ -142,11 +180,20 @@ def kernels_of(cubin: Path) -> dict[str, bytes]:
     return code
 
 
-def sparse_products(code: bytes) -> Iterator[bool]:
-    """For each tensor core product (HMMA) of 16-byte instructions whether it is a sparse one."""
+class TensorProduct(NamedTuple):
+    """An instruction of the tensor cores."""
+
+    is_sparse: bool
+    tokens: int  # columns of the result
+
+
+def products_of(code: bytes) -> Iterator[TensorProduct]:
+    """The products of 16-byte instructions: of a warp, HMMA, or of a warpgroup, HGMMA."""
     for low, high in struct.iter_unpack("<QQ", code):
         if low & 0xFFF == 0x23C:
-            yield high & 0x4200 == 0x4200
+            yield TensorProduct(high & 0x4200 == 0x4200, 8)
+        if low & 0xFFF == 0xDF0:
+            yield TensorProduct(high & 0x200 == 0x200, 8 * ((low >> 53 & 31) + 1))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
-"""kernels/include/samoyeds/format.cuh says the same as samoyeds_hf.format."""
+"""Headers that host compilers read too.
+
+kernels/include/samoyeds/format.cuh says the same as samoyeds_hf.format, and panels.cuh the same as
+plain loops written from its description.
+"""
 
 import shutil
 import subprocess
 from pathlib import Path
 
+import fragment_emulation
 import pytest
 import torch
 
@@ -56,15 +61,38 @@ int main(int, char** argv) {
 }
 """
 
+# Where panels.cuh puts things: a line of numbers for each thing asked about on stdin.
+PANELS = r"""
+#include <cstdio>
+#include <cstring>
+#include "samoyeds/panels.cuh"
+using namespace samoyeds;
+int main() {
+  std::printf("%d %d %d %d %d\n", kPanelCols, kPanelBytes, kPlaceAlign, kChunkCols, kPanelChunks);
+  char what[16];
+  int a, b, c;
+  while (std::scanf("%15s %d %d %d", what, &a, &b, &c) == 4) {
+    long long found = -1;
+    if (!std::strcmp(what, "panel")) found = panel_offset(a, b, c);
+    if (!std::strcmp(what, "chunk")) found = swizzled_chunk(a, b);
+    if (!std::strcmp(what, "column")) found = first_column_of(a, b);
+    std::printf("%lld\n", found);
+  }
+}
+"""
+
 # Every function in device code: each must be usable in a kernel.
 KERNEL = r"""
 #include "samoyeds/format.cuh"
+#include "samoyeds/panels.cuh"
 using namespace samoyeds;
 __global__ void probe(Pattern pattern, int x, int* out) {
   out[0] = kept_rows(pattern, x) + values_per_row(x) + meta_bytes_per_row(x) + position(x, 1) +
            index_per_row(pattern, x) + index_column(pattern, x) + dense_row(pattern, x, 1) +
            dense_column(x, 4) + nibble_of(static_cast<Meta>(x), 1) + encode_nibble(0, x) +
-           is_valid_nibble(x) + kFormatVersion + kGroup + kKeptPerGroup + kMaxM;
+           is_valid_nibble(x) + kFormatVersion + kGroup + kKeptPerGroup + kMaxM +
+           static_cast<int>(panel_offset(x, x, x)) + swizzled_chunk(x, 1) + first_column_of(x, 32) +
+           kPanelCols + kPanelBytes + kPlaceAlign + kChunkCols + kPanelChunks;
 }
 """
 
@@ -122,6 +150,104 @@ def test_arithmetic(tmp_path):
         ).stdout
         found = torch.frombuffer(bytearray(dense), dtype=torch.float32).view(m, k)
         torch.testing.assert_close(found, weight * mask, rtol=0, atol=0, msg=text)
+
+
+class Panels:
+    """The functions of panels.cuh: questions are collected, then asked all at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = compile_host(PANELS, folder)
+
+    def ask(self, what: str, questions: list[tuple[int, ...]]) -> list[int]:
+        lines = [" ".join(map(str, (what, *question, 0, 0)[:4])) for question in questions]
+        printed = subprocess.check_output([self.program], input="\n".join(lines), text=True)
+        constants, *answers = printed.splitlines()
+        assert constants == "64 128 8 8 8"
+        assert len(answers) == len(questions)
+        return list(map(int, answers))
+
+
+@pytest.fixture(scope="module")
+def panels(tmp_path_factory):
+    return Panels(tmp_path_factory.mktemp("panels"))
+
+
+@needs_compiler
+def test_panels(panels):
+    """Each element of each place has bytes of its own, where the drawing has them."""
+    places, columns = 24, 192
+    memory = [None] * (places * columns)  # 2 bytes each
+    for panel in range(columns // 64):  # the drawing, from left to right
+        for place in range(places):
+            for chunk in range(8):
+                for column in range(8):
+                    at = ((panel * places + place) * 8 + (chunk ^ place % 8)) * 8 + column
+                    assert memory[at] is None
+                    memory[at] = (place, panel * 64 + chunk * 8 + column)
+    elements = [(place, column) for place in range(places) for column in range(columns)]
+    panel_of = panels.ask("panel", [(column // 64, places, place) for place, column in elements])
+    chunk_of = panels.ask("chunk", [(place, column % 64 // 8) for place, column in elements])
+    for element, panel, chunk in zip(elements, panel_of, chunk_of, strict=True):
+        assert memory[(panel + chunk) // 2 + element[1] % 8] == element
+
+
+@needs_compiler
+def test_panels_of_many_tokens(panels):
+    """Offsets beyond 32 bits: 2^20 columns, 2^28 pairs, for each of 65535 experts 7 places more."""
+    places = (1 << 28) + 65535 * 7
+    questions = [(0, places, 0), (1, places, 0), ((1 << 14) - 1, places, places - 1)]
+    expected = [(panel * places + place) * 128 for panel, places, place in questions]
+    assert panels.ask("panel", questions) == expected
+
+
+@needs_compiler
+def test_chunks_are_swizzled_as_wgmma_reads_them(panels):
+    """Bits 4 to 6 of an address change with its bits 7 to 9: 128-byte swizzle of the PTX ISA."""
+    questions = [(place, chunk) for place in (*range(64), 2**31 - 1) for chunk in range(8)]
+    found = panels.ask("chunk", questions)
+    for (place, chunk), byte in zip(questions, found, strict=True):
+        address = place * 128 + chunk * 16
+        assert place * 128 + byte == address ^ (address >> 7 & 7) << 4
+    for start in range(0, len(found), 8):  # a permutation of each place's chunks
+        assert sorted(found[start : start + 8]) == list(range(0, 128, 16))
+
+
+def stored_columns(layout: fragment_emulation.Layout) -> list[int]:
+    """Dense rows of a weight in the order in which threads hold them, a tile after the other.
+
+    Thread row g has the kept rows g and g + 8 of a tile. Each is two dense rows of (1, 2, V); where
+    N = M two neighbouring thread rows exchange theirs, and store two of the first half together.
+    """
+    columns = []
+    for tile in range(layout.tiles):
+        for g in range(8):
+            if layout.kind == fragment_emulation.SWITCHED:
+                for row in (g, g + 8):
+                    columns += [2 * layout.kept_row(tile, row), 2 * layout.kept_row(tile, row) + 1]
+            elif g % 2 == 0:
+                columns += [layout.kept_row(tile, row) for row in (g, g + 1, g + 8, g + 9)]
+    return columns
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "tile_columns"), [("1:2:64", 32), ("2:4", 16), ("4:4:8", 16)])
+def test_columns_of_stored_results(text, tile_columns, panels):
+    """Eight stored columns are four neighbours twice, the halves of a tile apart."""
+    rows = 384
+    layout = fragment_emulation.Layout(rows, 128, SparsityPattern.parse(text), is_gate_up=False)
+    assert rows == layout.tiles * tile_columns
+    stored = stored_columns(layout)
+    assert sorted(stored) == list(range(rows))
+    starts = range(0, rows, 8)
+    first_of = panels.ask("column", [(start, tile_columns) for start in starts])
+    covered = []
+    for start, first in zip(starts, first_of, strict=True):
+        low = list(range(first, first + 4))
+        high = [column + tile_columns // 2 for column in low]
+        assert [stored[start + place] for place in (0, 1, 4, 5)] == low
+        assert [stored[start + place] for place in (2, 3, 6, 7)] == high
+        covered += low + high
+    assert sorted(covered) == list(range(rows))  # each once
 
 
 @needs_nvcc

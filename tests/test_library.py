@@ -180,7 +180,7 @@ def test_errors_are_the_packages() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-DABI=99"], r"interface version 1 of the kernel library, found version 99 at .*\.so"),
+        (["-DABI=99"], r"interface version 2 of the kernel library, found version 99 at .*\.so"),
         (["-DONE_FUNCTION_LESS"], "every function, found one that does not .*samoyeds_route"),
     ],
 )

@@ -437,7 +437,13 @@ def test_what_a_launch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     out = packed_ops.packed_linear._init_fn(*arguments)
     launch, weight, x, num_rows, written = library.calls["samoyeds_linear"]
     assert (weight.num_experts, num_rows, written) == (1, 10, out.data_ptr())
-    assert not launch.workspace
+    assert (launch.workspace_bytes, launch.workspace) == (0, None)
+    library.statuses["samoyeds_linear_workspace_bytes"] = 80
+    packed_ops.packed_linear._init_fn(*arguments)
+    launch, weight, *_ = library.calls["samoyeds_linear"]
+    assert library.calls["samoyeds_linear_workspace_bytes"][1:] == (weight, 10)
+    assert launch.workspace_bytes == 80
+    assert launch.workspace
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -483,6 +489,11 @@ def test_refusals_of_the_library_are_errors(monkeypatch: pytest.MonkeyPatch) -> 
     library.statuses["samoyeds_workspace_bytes"] = -1
     with pytest.raises(KernelError, match="status 1"):
         packed_ops.packed_mlp._init_fn(*arguments)
+    _, arguments, *_ = calls()["linear"]
+    library.statuses["samoyeds_linear_workspace_bytes"] = -2
+    with pytest.raises(KernelError, match="status 2"):
+        packed_ops.packed_linear._init_fn(*arguments)
+    assert "samoyeds_linear" not in library.calls
     library.statuses["samoyeds_packed_bytes"] = -2
     with pytest.raises(KernelError, match="status 2"):
         packed.pack(random_stored(1, 16, 64, "2:4"), spec(1, 16, 64, "2:4"))

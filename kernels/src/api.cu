@@ -1,6 +1,8 @@
 // The functions of the C interface, api.h.
 #include "samoyeds/api.h"
 
+#include <algorithm>
+
 #include "samoyeds/checks.hpp"
 #include "samoyeds/layer.hpp"
 
@@ -76,7 +78,8 @@ int samoyeds_choose_plan(int64_t device, const SamoyedsWeight* weight, int64_t n
   if (layout.kind == Kind::kGeneral) {
     return report(unsupported("general patterns have one kernel and no plan"));
   }
-  *plan = choose_plan(guard.device(), layout, weight->num_experts, num_tokens, top_k, is_down != 0);
+  *plan = choose_plan(guard.device(), layout, weight->num_experts, num_tokens, top_k, is_down != 0,
+                      true);
   return SAMOYEDS_OK;
 }
 
@@ -108,6 +111,11 @@ int samoyeds_moe_down(const SamoyedsLaunch* launch, const SamoyedsRouting* routi
   return report(moe_down(launch, routing, weight, inner, out));
 }
 
+int64_t samoyeds_linear_workspace_bytes(const SamoyedsLaunch* launch, const SamoyedsWeight* weight,
+                                        int64_t num_rows) {
+  return linear_workspace_bytes(launch, weight, num_rows);
+}
+
 int samoyeds_linear(const SamoyedsLaunch* launch, const SamoyedsWeight* weight, const void* x,
                     int64_t num_rows, void* out) {
   return report(linear(launch, weight, x, num_rows, out));
@@ -119,7 +127,8 @@ int64_t samoyeds_max_tiles(const SamoyedsRouting* routing, int64_t num_experts,
   if (num_experts < 0 || tile_tokens < 1) {
     return -report(invalid("num_experts must be >= 0 and tile_tokens >= 1"));
   }
-  return max_tiles(routing->num_tokens * routing->top_k, num_experts, {tile_tokens});
+  return max_tiles(routing->num_tokens * routing->top_k, num_experts,
+                   {static_cast<int>(std::min<int64_t>(tile_tokens, kMaxPairs))});
 }
 
 int samoyeds_route(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,
@@ -138,6 +147,6 @@ int samoyeds_route(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,
   const Stream stream = stream_of(guard, *launch);
   return report(route(stream, routing->top_k_index,
                       static_cast<int>(routing->num_tokens * routing->top_k),
-                      static_cast<int>(num_experts), {tile_tokens}, pairs,
-                      reinterpret_cast<Tile*>(tiles), num_tiles));
+                      static_cast<int>(num_experts), {static_cast<int>(tile_tokens)}, pairs,
+                      nullptr, reinterpret_cast<Tile*>(tiles), num_tiles));
 }

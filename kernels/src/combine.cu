@@ -2,6 +2,7 @@
 // and the weighted sum over a token's choices.
 #include "samoyeds/epilogue.cuh"
 #include "samoyeds/launch.hpp"
+#include "samoyeds/panels.cuh"
 
 namespace samoyeds {
 namespace {
@@ -95,6 +96,65 @@ __global__ void combine_kernel(Combine args) {
       result;
 }
 
+// The same from panels: a thread sums the 8 columns of a chunk, in several panels. Thread blocks
+// take neighbouring tokens, whose rows of one expert are neighbours too.
+constexpr int kPanelsAtOnce = 2, kPanelThreads = 1024;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+__global__ void __launch_bounds__(kPanelThreads, 1) combine_panels_kernel(Combine args) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const int chunk = threadIdx.x % kPanelChunks, first_panel = blockIdx.y * kPanelsAtOnce;
+  const int token = blockIdx.x * (kPanelThreads / kPanelChunks) + threadIdx.x / kPanelChunks;
+  const int last_panel = min(first_panel + kPanelsAtOnce, args.columns / kPanelCols);
+  const bool is_token = token < args.num_tokens;
+  const std::int64_t stride = panel_offset(1, args.max_places, 0);
+  float total[kPanelsAtOnce][kChunkCols] = {};
+  // The eight threads of a token look up a choice each.
+  constexpr int kAtOnce = kPanelChunks;
+  for (int first = 0; first < args.top_k; first += kAtOnce) {
+    const int pair = token * args.top_k + first + chunk;
+    const int own_place = first + chunk < args.top_k && is_token ? args.places[pair] : kNoPlace;
+    const float own_weight = own_place == kNoPlace ? 0.f : routing_weight(args, pair);
+#pragma unroll 4
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int place = __shfl_sync(kAllLanes, own_place, k, kAtOnce);
+      const float weight = __shfl_sync(kAllLanes, own_weight, k, kAtOnce);
+      if (place == kNoPlace) continue;
+      const std::uint8_t* from = static_cast<const std::uint8_t*>(args.rows) +
+                                 panel_offset(first_panel, args.max_places, place) +
+                                 swizzled_chunk(place, chunk);
+#pragma unroll
+      for (int i = 0; i < kPanelsAtOnce; ++i) {
+        if (first_panel + i >= last_panel) continue;
+        const auto part = *reinterpret_cast<const Vector<T, kChunkCols>*>(from + i * stride);
+#pragma unroll
+        for (int j = 0; j < kChunkCols; ++j) {
+          total[i][j] = fmaf(weight, widen(part.at[j]), total[i][j]);
+        }
+      }
+    }
+  }
+  if (!is_token) return;
+#pragma unroll
+  for (int i = 0; i < kPanelsAtOnce; ++i) {
+    if (first_panel + i >= last_panel) continue;
+    const int column =
+        first_column_of((first_panel + i) * kPanelCols + chunk * kChunkCols, args.tile_columns);
+    T* out = static_cast<T*>(args.out) + static_cast<std::int64_t>(token) * args.columns + column;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Vector<T, kChunkCols / 2> four;
+#pragma unroll
+      for (int j = 0; j < kChunkCols / 2; ++j) {
+        four.at[j] = narrow<T>(total[i][j / 2 * 4 + half * 2 + j % 2]);
+      }
+      *reinterpret_cast<Vector<T, kChunkCols / 2>*>(out + half * args.tile_columns / 2) = four;
+    }
+  }
+}
+
 template <typename T>
 __global__ void gate_kernel(const std::int64_t* top_k_index, int num_pairs, int num_experts,
                             int inner_size, const T* both, T* inner) {
@@ -132,6 +192,11 @@ Error combine_rows(const Stream& stream, const Combine& args) {
 
 template <typename T>
 Error combine_to(const Stream& stream, const Combine& args) {
+  if (args.places) {
+    const dim3 grid(ceil_div(args.num_tokens, kPanelThreads / kPanelChunks),
+                    ceil_div(args.columns / kPanelCols, kPanelsAtOnce));
+    return launch(stream, combine_panels_kernel<T>, grid, kPanelThreads, 0, args);
+  }
   return args.is_partial ? combine_rows<T, float>(stream, args) : combine_rows<T, T>(stream, args);
 }
 
@@ -142,6 +207,7 @@ void list_kernels(std::vector<const void*>& kernels) {
                   reinterpret_cast<const void*>(&combine_kernel<T, float, 1>),
                   reinterpret_cast<const void*>(&combine_kernel<T, T, kWide<T>>),
                   reinterpret_cast<const void*>(&combine_kernel<T, T, 1>),
+                  reinterpret_cast<const void*>(&combine_panels_kernel<T>),
                   reinterpret_cast<const void*>(&gate_kernel<T>)});
 }
 

@@ -67,7 +67,7 @@ Error load_kernels(Device& device) {
     }
   }
   for (const auto& kernels :
-       {pack_kernels(), route_kernels(), general_kernels(), combine_kernels()}) {
+       {pack_kernels(), route_kernels(), gather_kernels(), general_kernels(), combine_kernels()}) {
     for (const void* kernel : kernels) {
       int ignored = 0;
       SAMOYEDS_RETURN_IF_ERROR(load_kernel(kernel, ignored));

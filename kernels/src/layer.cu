@@ -1,5 +1,6 @@
 // Queues the kernels of a layer, or of one product.
 #include "samoyeds/layer.hpp"
+#include "samoyeds/panels.cuh"
 
 namespace samoyeds {
 namespace {
@@ -13,6 +14,13 @@ Error multiply(Stream stream, SamoyedsDtype dtype, const SamoyedsPlan& plan, con
   return general(stream, dtype, args, max_tiles);
 }
 
+Error check_workspace(const SamoyedsLaunch& launch, std::int64_t num_bytes) {
+  SAMOYEDS_RETURN_IF_ERROR(check_pointer(launch.workspace, "workspace"));
+  if (launch.workspace_bytes >= num_bytes) return {};
+  return invalid("workspace must have " + std::to_string(num_bytes) + " bytes, found " +
+                 std::to_string(launch.workspace_bytes));
+}
+
 class Runner {
  public:
   Runner(const Device& device, const SamoyedsLaunch& launch, const Job& job)
@@ -23,6 +31,12 @@ class Runner {
   Error mlp(const void* hidden, void* out) {
     if (!shares_tiles()) SAMOYEDS_RETURN_IF_ERROR(route(true));
     SAMOYEDS_RETURN_IF_ERROR(route(false));
+    if (job_.is_hopper) {
+      SAMOYEDS_RETURN_IF_ERROR(gather(false, hidden));
+      SAMOYEDS_RETURN_IF_ERROR(
+          product(false, at(job_.panels), at(job_.inner), Output::kGated, true, false));
+      return down_and_combine(at(job_.inner), out, true, false);
+    }
     if (job_.is_fused) {
       SAMOYEDS_RETURN_IF_ERROR(product(false, hidden, at(job_.inner), Output::kGated, true, false));
     } else {
@@ -40,11 +54,19 @@ class Runner {
         clear_unrouted(stream_, job_.routing->top_k_index, static_cast<int>(job_.num_pairs),
                        static_cast<int>(job_.num_experts), job_.up->rows * 2, out));
     SAMOYEDS_RETURN_IF_ERROR(route(false));
+    if (job_.is_hopper) {
+      SAMOYEDS_RETURN_IF_ERROR(gather(false, hidden));
+      hidden = at(job_.panels);
+    }
     return product(false, hidden, out, Output::kRows, true, false);
   }
 
   Error down(const void* inner, void* out) {
     SAMOYEDS_RETURN_IF_ERROR(route(true));
+    if (job_.is_hopper) {
+      SAMOYEDS_RETURN_IF_ERROR(gather(true, inner));
+      inner = at(job_.panels);
+    }
     return down_and_combine(inner, out, true, false);
   }
 
@@ -55,7 +77,20 @@ class Runner {
     stream_.overlaps = false;
     return samoyeds::route(stream_, job_.routing->top_k_index, static_cast<int>(job_.num_pairs),
                            static_cast<int>(job_.num_experts), tiling_of(layout, plan), pairs(),
-                           tiles(for_down), num_tiles(for_down));
+                           places(), tiles(for_down), num_tiles(for_down));
+  }
+
+  // Rows of the first product's x to panels.
+  Error gather(bool is_down, const void* x) {
+    Gather args{};
+    args.x = x;
+    args.columns = is_down ? job_.down_layout.cols : job_.up_layout.cols;
+    args.pairs_per_row = make_divisor(is_down ? 1 : static_cast<int>(job_.routing->top_k));
+    args.pairs = pairs();
+    args.max_places = static_cast<int>(job_.max_places);
+    args.panels = at(job_.panels);
+    stream_.overlaps = true;
+    return samoyeds::gather(stream_, args);
   }
 
   // overlaps: may start before the previous kernel has ended; is_early: as in SsmmArgs.
@@ -68,11 +103,16 @@ class Runner {
     args.layout = layout;
     args.packed = static_cast<const std::uint8_t*>(weight.packed);
     args.x = x;
-    args.tokens = {tiles(is_down), num_tiles(is_down), pairs(), 0,
-                   make_divisor(is_down ? 1 : static_cast<int>(job_.routing->top_k))};
+    args.tokens = {tiles(is_down),
+                   num_tiles(is_down),
+                   pairs(),
+                   0,
+                   make_divisor(is_down ? 1 : static_cast<int>(job_.routing->top_k)),
+                   0};
     args.out = out;
     args.output = output;
     args.split_stride = job_.num_pairs * weight.rows;
+    args.places = static_cast<int>(job_.max_places);
     args.is_early = is_early;
     stream_.overlaps = overlaps;
     return multiply(stream_, dtype(), plan, args,
@@ -87,7 +127,9 @@ class Runner {
   }
 
   Error down_and_combine(const void* inner, void* out, bool overlaps, bool is_early) {
-    const Output output = job_.is_partial ? Output::kPartial : Output::kRows;
+    const Output output = job_.is_hopper    ? Output::kPanels
+                          : job_.is_partial ? Output::kPartial
+                                            : Output::kRows;
     SAMOYEDS_RETURN_IF_ERROR(product(true, inner, at(job_.rows), output, overlaps, is_early));
     Combine args{};
     args.top_k_index = job_.routing->top_k_index;
@@ -101,6 +143,9 @@ class Runner {
     args.splits = static_cast<int>(job_.down_plan.splits);
     args.columns = static_cast<int>(job_.down->rows);
     args.out = out;
+    args.places = places();
+    args.max_places = static_cast<int>(job_.max_places);
+    args.tile_columns = job_.down_layout.kind == Kind::kDense24 ? kTileRows : 2 * kTileRows;
     stream_.overlaps = true;
     return combine(stream_, dtype(), args);
   }
@@ -108,6 +153,7 @@ class Runner {
   bool shares_tiles() const { return job_.up && job_.down && job_.up_tiles == job_.down_tiles; }
   std::uint8_t* at(std::int64_t offset) const { return workspace_ + offset; }
   int* pairs() const { return reinterpret_cast<int*>(at(job_.pairs)); }
+  int* places() const { return job_.is_hopper ? reinterpret_cast<int*>(at(job_.places)) : nullptr; }
   Tile* tiles(bool for_down) const {
     return reinterpret_cast<Tile*>(at(for_down ? job_.down_tiles : job_.up_tiles));
   }
@@ -135,12 +181,7 @@ Error prepare_layer(DeviceGuard& guard, const SamoyedsLaunch* launch,
   Layout ignored;
   if (up) SAMOYEDS_RETURN_IF_ERROR(packed_layout_of(up, ignored));
   if (down) SAMOYEDS_RETURN_IF_ERROR(packed_layout_of(down, ignored));
-  SAMOYEDS_RETURN_IF_ERROR(check_pointer(launch->workspace, "workspace"));
-  if (launch->workspace_bytes < job.total) {
-    return invalid("workspace must have " + std::to_string(job.total) + " bytes, found " +
-                   std::to_string(launch->workspace_bytes));
-  }
-  return {};
+  return check_workspace(*launch, job.total);
 }
 
 }  // namespace
@@ -182,33 +223,80 @@ Error moe_down(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,
   return Runner(guard.device(), *launch, job).down(inner, out);
 }
 
-Error linear(const SamoyedsLaunch* launch, const SamoyedsWeight* weight, const void* x,
-             std::int64_t num_rows, void* out) {
-  if (!launch) return invalid("launch must not be null");
-  DeviceGuard guard;
-  SAMOYEDS_RETURN_IF_ERROR(guard.enter(launch->device));
-  SsmmArgs args{};
-  SAMOYEDS_RETURN_IF_ERROR(packed_layout_of(weight, args.layout));
+namespace {
+
+// Of samoyeds_linear: its layout, its plan, and the panels that the Hopper kernel reads.
+struct LinearJob {
+  Layout layout{};
+  SamoyedsPlan plan{};
+  std::int64_t places = 0, workspace_bytes = 0;
+};
+
+Error prepare_linear(const Device& device, const SamoyedsLaunch& launch,
+                     const SamoyedsWeight* weight, std::int64_t num_rows, LinearJob& job) {
+  SAMOYEDS_RETURN_IF_ERROR(layout_of(weight, job.layout));
   if (weight->num_experts != 1) {
     return invalid("samoyeds_linear needs one expert, found " +
                    std::to_string(weight->num_experts));
   }
   SAMOYEDS_RETURN_IF_ERROR(check_range(num_rows, 0, kMaxPairs, "num_rows"));
+  SAMOYEDS_RETURN_IF_ERROR(
+      plan_product(device, launch.plan, job.layout, 1, num_rows, 1, false, true, job.plan));
+  if (is_hopper(job.plan)) {
+    job.places = max_places(num_rows, 1);
+    job.workspace_bytes = job.places * job.layout.cols * 2;
+  }
+  return {};
+}
+
+}  // namespace
+
+std::int64_t linear_workspace_bytes(const SamoyedsLaunch* launch, const SamoyedsWeight* weight,
+                                    std::int64_t num_rows) {
+  DeviceGuard guard;
+  LinearJob job;
+  const Error error = [&]() -> Error {
+    if (!launch) return invalid("launch must not be null");
+    SAMOYEDS_RETURN_IF_ERROR(guard.enter(launch->device));
+    return prepare_linear(guard.device(), *launch, weight, num_rows, job);
+  }();
+  return error ? -report(error) : job.workspace_bytes;
+}
+
+Error linear(const SamoyedsLaunch* launch, const SamoyedsWeight* weight, const void* x,
+             std::int64_t num_rows, void* out) {
+  if (!launch) return invalid("launch must not be null");
+  DeviceGuard guard;
+  SAMOYEDS_RETURN_IF_ERROR(guard.enter(launch->device));
+  LinearJob job;
+  SAMOYEDS_RETURN_IF_ERROR(prepare_linear(guard.device(), *launch, weight, num_rows, job));
   if (num_rows == 0) return {};
+  SsmmArgs args{};
+  SAMOYEDS_RETURN_IF_ERROR(packed_layout_of(weight, args.layout));
   SAMOYEDS_RETURN_IF_ERROR(check_pointer(x, "x"));
   SAMOYEDS_RETURN_IF_ERROR(check_pointer(out, "out"));
-  SamoyedsPlan plan;
-  SAMOYEDS_RETURN_IF_ERROR(
-      plan_product(guard.device(), launch->plan, args.layout, 1, num_rows, 1, false, plan));
+  Stream stream{guard.device(), static_cast<cudaStream_t>(launch->stream)};
+  if (job.workspace_bytes > 0) {
+    SAMOYEDS_RETURN_IF_ERROR(check_workspace(*launch, job.workspace_bytes));
+    Gather gathered{};
+    gathered.x = x;
+    gathered.num_rows = static_cast<int>(num_rows);
+    gathered.columns = job.layout.cols;
+    gathered.pairs_per_row = make_divisor(1);
+    gathered.max_places = static_cast<int>(job.places);
+    gathered.panels = launch->workspace;
+    SAMOYEDS_RETURN_IF_ERROR(gather(stream, gathered));
+    x = launch->workspace;
+    stream.overlaps = true;
+  }
   args.packed = static_cast<const std::uint8_t*>(weight->packed);
   args.x = x;
-  args.tokens = {nullptr, nullptr, nullptr, static_cast<int>(num_rows), make_divisor(1)};
+  args.tokens = {nullptr, nullptr, nullptr, static_cast<int>(num_rows), make_divisor(1), 0};
   args.out = out;
   args.output = Output::kRows;
-  const Stream stream{guard.device(), static_cast<cudaStream_t>(launch->stream)};
-  const Tiling tiling = tiling_of(args.layout, plan);
-  return multiply(stream, static_cast<SamoyedsDtype>(weight->dtype), plan, args,
-                  max_tiles(num_rows, 1, tiling));
+  args.places = static_cast<int>(job.places);
+  return multiply(stream, static_cast<SamoyedsDtype>(weight->dtype), job.plan, args,
+                  max_tiles(num_rows, 1, tiling_of(args.layout, job.plan)));
 }
 
 }  // namespace samoyeds

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "samoyeds/hopper.cuh"
 #include "samoyeds/launch.hpp"
 #include "samoyeds/rules.hpp"
 #include "samoyeds/ssmm.cuh"
@@ -14,6 +15,7 @@ namespace {
 constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
+constexpr int kHopperStep = HopperShape<__nv_bfloat16>::kLiveStep;
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
@@ -34,12 +36,43 @@ double expected_tiles(const Load& load, const SsmmVariant& variant) {
   return load.experts_hit * std::max(1.0, load.tokens_each / variant.tokens + 0.5);
 }
 
-int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPlan plan) {
+// Slabs of the Hopper kernel: 128 dense rows.
+int slab_tiles(const Layout& layout) { return layout.kind == Kind::kDense24 ? 8 : 4; }
+
+// Items of a tile of tokens: parts of the rows, without splits.
+int parts_of(const SsmmVariant& variant, const Layout& layout) {
+  if (!variant.is_hopper) return ceil_div(layout.tiles, variant.tiles_m);
+  return ceil_div(layout.tiles / slab_tiles(layout), variant.warps_m / 4 * variant.cluster);
+}
+
+// Of the Hopper kernel without routing: tokens of a full tile, so that its items end soonest. An
+// item costs as many tokens as it multiplies, and what its first and last block cost.
+int best_tile_tokens(const SsmmVariant& variant, int num_rows, int parts, int num_clusters) {
+  const auto cost = [](int tokens) { return ceil_div(tokens, kHopperStep) * kHopperStep + 32; };
+  int best = variant.tokens;
+  std::int64_t best_time = INT64_MAX;
+  for (int tokens = variant.tokens; tokens >= variant.tokens / 2; tokens -= kHopperStep) {
+    const std::int64_t items = static_cast<std::int64_t>(num_rows / tokens) * parts;
+    const int rest = num_rows % tokens;
+    std::int64_t time = items / num_clusters * cost(tokens), rest_items = rest > 0 ? parts : 0;
+    if (items % num_clusters > 0) {
+      time += cost(tokens);
+      rest_items -= std::min(rest_items, num_clusters - items % num_clusters);
+    }
+    time += (rest_items + num_clusters - 1) / num_clusters * cost(rest);
+    if (time < best_time) best_time = time, best = tokens;
+  }
+  return best;
+}
+
+int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPlan plan,
+                   const Layout& layout) {
+  if (variant.is_hopper) return variant.hopper_stages[kernel_number(layout)];
   const int budget =
       std::min(device.block_shared_bytes,
                device.sm_shared_bytes / static_cast<int>(plan.blocks_per_sm) - kReservedBytes);
   for (plan.stages = kMaxStages; plan.stages >= 2; --plan.stages) {
-    if (shared_bytes(variant, plan) <= budget) return static_cast<int>(plan.stages);
+    if (shared_bytes(variant, plan, layout) <= budget) return static_cast<int>(plan.stages);
   }
   return 0;
 }
@@ -90,7 +123,15 @@ const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype) {
   return nullptr;
 }
 
-int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan) {
+bool may_use_hopper(const Device& device, const Layout& layout, bool is_down) {
+  // Whole blocks of k, and whole slabs; combine() expects the down product's columns in order.
+  return device.capability == 90 && layout.kind != Kind::kGeneral &&
+         !(is_down && layout.interleaved) && layout.cols % kBlockCols == 0 &&
+         layout.rows % kSlabRows == 0;
+}
+
+int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan, const Layout& layout) {
+  if (variant.is_hopper) return variant.hopper_bytes[kernel_number(layout)];
   return static_cast<int>(plan.stages) * variant.stage_bytes + variant.scratch_bytes;
 }
 
@@ -110,6 +151,17 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
   if (!kernel_for(*variant, layout)) {
     return unsupported("this plan needs a V that is a multiple of 64");
   }
+  if (variant->is_hopper && !may_use_hopper(device, layout, may_split)) {
+    return unsupported("this plan needs m and k that are multiples of 128, found " +
+                       std::to_string(layout.rows) + " x " + std::to_string(layout.cols));
+  }
+  if (variant->is_hopper &&
+      (plan.splits != 1 || plan.stages != variant->hopper_stages[kernel_number(layout)])) {
+    return invalid("this plan must have 1 split and " +
+                   std::to_string(variant->hopper_stages[kernel_number(layout)]) +
+                   " stages, found " + std::to_string(plan.splits) + " and " +
+                   std::to_string(plan.stages));
+  }
   if (plan.stages < 1 || plan.stages > kMaxStages) {
     return invalid("a plan's stages must be 1 to " + std::to_string(kMaxStages) + ", found " +
                    std::to_string(plan.stages));
@@ -123,7 +175,7 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
     return invalid("this plan's blocks_per_sm must be 1 to " + std::to_string(variant->min_blocks) +
                    ", found " + std::to_string(plan.blocks_per_sm));
   }
-  const int bytes = shared_bytes(*variant, plan);
+  const int bytes = shared_bytes(*variant, plan, layout);
   if (bytes > device.block_shared_bytes) {
     return invalid("a plan needs at most " + std::to_string(device.block_shared_bytes) +
                    " bytes of shared memory on this GPU, found " + std::to_string(bytes));
@@ -132,7 +184,8 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
 }
 
 SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
-                         std::int64_t num_tokens, std::int64_t top_k, bool is_down) {
+                         std::int64_t num_tokens, std::int64_t top_k, bool is_down,
+                         bool allows_hopper) {
   const Load load = expected_load(num_experts, num_tokens, top_k);
   for (const Rule& rule : kRules) {
     const bool may_run =
@@ -144,18 +197,19 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     }
     SamoyedsPlan plan = rule.plan;
     const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
-    const double items = expected_tiles(load, variant) * ceil_div(layout.tiles, variant.tiles_m) *
-                         (is_down ? max_splits(layout, plan) : 1);
+    if (variant.is_hopper && !(allows_hopper && may_use_hopper(device, layout, is_down))) continue;
+    const bool may_split = is_down && !variant.is_hopper && num_tokens * top_k <= kMaxSplitPairs;
+    const double items = expected_tiles(load, variant) * parts_of(variant, layout) *
+                         variant.cluster * (may_split ? max_splits(layout, plan) : 1);
     if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
-    plan.stages = largest_stages(device, variant, plan);
+    plan.stages = largest_stages(device, variant, plan, layout);
     if (plan.stages < 3 && plan.blocks_per_sm > 1) {
       plan.blocks_per_sm = 1;
-      plan.stages = largest_stages(device, variant, plan);
+      plan.stages = largest_stages(device, variant, plan, layout);
     }
     if (plan.stages < 2) continue;
     // Many rows in fp32, one for each split, would be the largest traffic of the layer.
     const std::int64_t num_pairs = num_tokens * top_k;
-    const bool may_split = is_down && num_pairs <= kMaxSplitPairs;
     plan.splits =
         may_split ? best_splits(device, layout, variant, plan, load, static_cast<double>(num_pairs))
                   : 1;
@@ -163,20 +217,25 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
   }
   // Nothing larger fits this GPU's shared memory.
   SamoyedsPlan plan{1, 4, 8, 1, 1, 0, 1, 1, 1};
-  plan.stages = largest_stages(device, *find_variant(plan, SAMOYEDS_BF16), plan);
+  plan.stages = largest_stages(device, *find_variant(plan, SAMOYEDS_BF16), plan, layout);
   return plan;
 }
 
 Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,
            std::int64_t max_tiles) {
   const SsmmVariant& variant = *find_variant(plan, dtype);
-  const int parts = ceil_div(args.layout.tiles, variant.tiles_m) * static_cast<int>(plan.splits);
+  const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
+  const int cluster = variant.cluster;
+  if (variant.is_hopper && !args.tokens.tiles) {
+    const int num_clusters = stream.device.num_sms / cluster;
+    args.tokens.tile_tokens = best_tile_tokens(variant, args.tokens.num_rows, parts, num_clusters);
+    max_tiles = ceil_div(args.tokens.num_rows, args.tokens.tile_tokens);
+  }
   if (max_tiles > kMaxTiles) {
     return unsupported("a product must have at most " + std::to_string(kMaxTiles) +
                        " tiles of tokens, found " + std::to_string(max_tiles));
   }
-  const int cluster = variant.cluster;
-  const std::int64_t items = max_tiles / cluster * parts;
+  const std::int64_t items = max_tiles * parts;
   const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
@@ -188,7 +247,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   }
   return launch_clusters(stream, kernel_for(variant, args.layout),
                          static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
-                         shared_bytes(variant, plan), cluster, args);
+                         shared_bytes(variant, plan, args.layout), cluster, args);
 }
 
 const char* heuristics() {

@@ -4,7 +4,10 @@
 // own, so that places follow from prefix sums alone and equal inputs give equal lists. Pairs of the
 // other blocks' runs each block counts for itself: reading all choices from the L2 costs less than
 // a second kernel and needs no memory.
+#include <algorithm>
+
 #include "samoyeds/launch.hpp"
+#include "samoyeds/panels.cuh"
 #include "samoyeds/ptx.cuh"
 
 namespace samoyeds {
@@ -19,8 +22,11 @@ constexpr int kRouteArrays = 5;  // [E] in shared memory, beside a histogram for
 
 struct RouteArgs {
   const std::int64_t* top_k_index;
-  int num_pairs, num_experts, tile_tokens, cluster;
+  int num_pairs, num_experts;
+  Tiling tiling;
   int* pairs;
+  int* places;  // or null
+  int max_places;
   Tile* tiles;
   int* num_tiles;
 };
@@ -120,12 +126,12 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     totals[e] = sum + after[e];
   }
   __syncthreads();
-  const auto tiles_of = [&](int e) {
-    return ceil_div(totals[e], args.tile_tokens * args.cluster) * args.cluster;
-  };
+  const Tiling tiling = args.tiling;
+  const auto round_up = [&](int x) { return ceil_div(x, tiling.align) * tiling.align; };
+  const auto tiles_of = [&](int e) { return ceil_div(totals[e], tiling.tokens); };
   if (warp == 0) {
     prefix_sums(
-        num_experts, [&](int e) { return totals[e]; },
+        num_experts, [&](int e) { return round_up(totals[e]); },
         [&](int e, int sum) { first_pair[e] = sum; });
   } else if (warp == 1) {
     const int total =
@@ -136,9 +142,9 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
 
   const auto write_tile = [&](int e, int i) {
     const int num_tiles = tiles_of(e), in_group = i / kMaxGroup * kMaxGroup;
-    const int start = i * args.tile_tokens;
+    const int tokens = tiling.is_even ? round_up(ceil_div(totals[e], num_tiles)) : tiling.tokens;
     args.tiles[first_tile[e] + i] = {
-        e, first_pair[e] + start, max(0, min(args.tile_tokens, totals[e] - start)),
+        e, first_pair[e] + i * tokens, min(tokens, totals[e] - i * tokens),
         (first_tile[e] + in_group) << 8 | min(kMaxGroup, num_tiles - in_group)};
   };
   // The first block writes the tiles: a thread the first few of an expert, a warp the rest.
@@ -153,11 +159,26 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
       for (int i = kFew + lane; i < tiles_of(e); i += kWarpThreads) write_tile(e, i);
     }
   }
+  if (args.places && blockIdx.x == 0) {
+    // Places between the experts' and behind the last one's.
+    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+      const int end = first_pair[e] + totals[e];
+      for (int i = end; i < first_pair[e] + round_up(totals[e]); ++i) args.pairs[i] = kNoPair;
+    }
+    const int last = num_experts - 1;
+    for (int i = first_pair[last] + round_up(totals[last]) + threadIdx.x; i < args.max_places;
+         i += blockDim.x) {
+      args.pairs[i] = kNoPair;
+    }
+  }
   for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int pair, int expert) {
     const unsigned same = __match_any_sync(kAll, expert);
     if (expert >= 0) {
-      const int before = __popc(same & ((1u << lane) - 1));
-      args.pairs[first_pair[expert] + own[expert] + before] = pair;
+      const int place = first_pair[expert] + own[expert] + __popc(same & ((1u << lane) - 1));
+      args.pairs[place] = pair;
+      if (args.places) args.places[pair] = place;
+    } else if (args.places && pair < part_end) {
+      args.places[pair] = kNoPlace;
     }
     __syncwarp();
     if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
@@ -170,14 +191,16 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
 std::vector<const void*> route_kernels() { return {reinterpret_cast<const void*>(&route_kernel)}; }
 
 std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling) {
-  // Each expert that is hit has at most one cluster of tiles that is not full.
-  const std::int64_t tokens = tiling.tokens * tiling.cluster;
-  return (num_pairs / tokens + (num_pairs < num_experts ? num_pairs : num_experts)) *
-         tiling.cluster;
+  // Each expert that is hit has at most one tile more than it could fill.
+  return num_pairs / tiling.tokens + std::min(num_pairs, num_experts);
+}
+
+std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts) {
+  return num_pairs + std::min(num_pairs, num_experts) * (kPlaceAlign - 1);
 }
 
 Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            Tiling tiling, int* pairs, Tile* tiles, int* num_tiles) {
+            Tiling tiling, int* pairs, int* places, Tile* tiles, int* num_tiles) {
   // A thread for each pair and for each expert, as far as they go; two warps at least, as one sums
   // pairs and one tiles.
   const int wanted = ceil_div(num_pairs > num_experts ? num_pairs : num_experts, kWarpThreads);
@@ -200,8 +223,9 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
       return e;
     }
   }
-  const RouteArgs args{top_k_index,    num_pairs, num_experts, static_cast<int>(tiling.tokens),
-                       tiling.cluster, pairs,     tiles,       num_tiles};
+  const int max = static_cast<int>(max_places(num_pairs, num_experts));
+  const RouteArgs args{top_k_index, num_pairs, num_experts, tiling,   pairs,
+                       places,      max,       tiles,       num_tiles};
   return launch(stream, route_kernel, num_blocks, num_warps * kWarpThreads, shared, args);
 }
 

@@ -88,8 +88,12 @@ def num_runs(shape: Shape, num_tokens: int, pattern: SparsityPattern) -> int:
     The experts hit are those expected, so that the copies can be made before the tokens.
     """
     missed = (1 - shape.top_k / shape.experts) ** num_tokens
-    hit_bytes = shape.experts * (1 - missed) * shape.expert_bytes(pattern)
-    return max(1, math.ceil(COLD_BYTES / hit_bytes))
+    return copies_of(shape.experts * (1 - missed) * shape.expert_bytes(pattern))
+
+
+def copies_of(num_bytes: float) -> int:
+    """How many weights of so many bytes one replay has to read."""
+    return max(1, math.ceil(COLD_BYTES / num_bytes))
 
 
 def random_tokens(shape: Shape, num_tokens: int, device: torch.device) -> Tokens:
@@ -130,6 +134,11 @@ def _random_index(
     order = torch.rand(*lead, blocks, pattern.m, per_row, device=device).argsort(dim=-2)
     slots = order[..., : pattern.n, :].sort(dim=-2).values
     return slots.reshape(shape).to(torch.uint8)
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # --- dense ----------------------------------------------------------------------------------------
@@ -242,10 +251,15 @@ def pack_layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed gate_up and down; ends the program where the kernels cannot take them."""
     specs = layer_specs(shape, pattern)
-    if reason := why_not(specs[0], stored[0].values.device):
-        raise SystemExit(f"The sparse layer needs the kernels, found none that run: {reason}")
-    gate_up, down = (pack(*pair) for pair in zip(stored, specs, strict=True))
+    gate_up, down = (pack_or_exit(*pair) for pair in zip(stored, specs, strict=True))
     return gate_up, down
+
+
+def pack_or_exit(stored: SparseWeight, spec: PackedSpec) -> torch.Tensor:
+    """The packed weight; ends the program where the kernels cannot take it."""
+    if reason := why_not(spec, stored.values.device):
+        raise SystemExit(f"Sparse weights need the kernels, found none that run: {reason}")
+    return pack(stored, spec)
 
 
 def layer_specs(shape: Shape, pattern: SparsityPattern) -> tuple[PackedSpec, PackedSpec]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
-from targets import TARGET_PATTERN, target_of
+from targets import CEILING_TFLOPS_AT_HALF, TARGET_PATTERN, product_target_of, target_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,13 +64,91 @@ def plot_experts(rows: Rows) -> plt.Figure:
 
 
 def _draw_targets(speed: plt.Axes, share: plt.Axes, model: str, ours: Rows) -> None:
-    """Ticks where TARGET_PATTERN should be."""
-    for tokens in sorted({int(row["tokens"]) for row in ours}):
+    """Ticks where TARGET_PATTERN should be; a time is drawn as what it is beside the best dense."""
+    best_us = {
+        int(row["tokens"]): float(row["x_best_dense"]) * float(row["p50_us"]) for row in ours
+    }
+    for tokens in sorted(best_us):
         target = target_of(model, tokens, TARGET_PATTERN)
-        if target:
-            speed.plot(tokens, target.speedup, marker="_", color="black", markersize=14)
-        if target and target.share:
+        if target is None:
+            continue
+        speedup = best_us[tokens] / (1e3 * target.time_ms) if target.time_ms else target.speedup
+        if speedup:
+            speed.plot(tokens, speedup, marker="_", color="black", markersize=14)
+        if target.share:
             share.plot(tokens, target.share, marker="_", color="black", markersize=14)
+
+
+# --- one product ----------------------------------------------------------------------------------
+
+DENSE = ("cuBLAS", "F.grouped_mm")
+KERNEL = "samoyeds kernel"
+CEILINGS = {  # TFLOP/s of the dense product
+    "ceiling of (1, 2, V)": 2 * CEILING_TFLOPS_AT_HALF,
+    "ceiling of 2:4": CEILING_TFLOPS_AT_HALF,
+}
+
+
+def plot_ssmm(rows: Rows) -> plt.Figure:
+    """TFLOP/s of the dense product, a group of bars a shape."""
+    shapes = list(dict.fromkeys(_shape_of(row) for row in rows))
+    figure, axis = plt.subplots(figsize=(13, 5.5))
+    colors: dict[str, str] = {}
+    first, ticks = 0, []
+    for shape in shapes:
+        count = _draw_product(axis, first, shape, rows, colors)
+        ticks.append(first + (count - 1) / 2)
+        first += count + 1
+    _draw_ceilings(axis)
+    for label, color in colors.items():
+        axis.bar(0, 0, color=color, label=label)
+    axis.set_xticks(ticks, shapes, fontsize=8)
+    axis.set(xlabel="out features x tokens x in features (x experts)", ylabel="TFLOP/s")
+    axis.legend(fontsize=8, ncols=3)
+    figure.suptitle(
+        "One matrix product, bf16, TFLOP/s of the dense one; pale: the matrix kernel alone; - is "
+        f"the target beside dense\n{caption(rows)}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _draw_product(
+    axis: plt.Axes, first: int, shape: str, rows: Rows, colors: dict[str, str]
+) -> int:
+    """Bars from place ``first`` on, ours with the kernel alone pale behind it; how many."""
+    rows = [row for row in rows if _shape_of(row) == shape]
+    alone = {row["pattern"]: float(row["tflops"]) for row in rows if row["path"] == KERNEL}
+    dense = next(float(row["tflops"]) for row in rows if row["path"] in DENSE)
+    bars = [row for row in rows if row["path"] != KERNEL]
+    for place, row in enumerate(bars, first):
+        color = colors.setdefault(_bar_label(row), f"C{len(colors)}")
+        bar = axis.bar(place, float(row["tflops"]), width=0.9, color=color, zorder=2)
+        axis.bar_label(bar, fmt="%.0f", fontsize=7, label_type="center")
+        if row["path"] != OURS:
+            continue
+        axis.bar(place, alone.get(row["pattern"], 0), width=0.9, color=color, alpha=0.35)
+        target = product_target_of(shape, row["pattern"])
+        if target and target.dense:
+            axis.plot(place, target.dense * dense, marker="_", color="black", markersize=18)
+    return len(bars)
+
+
+def _draw_ceilings(axis: plt.Axes) -> None:
+    for (label, tflops), style in zip(CEILINGS.items(), ("--", ":"), strict=True):
+        axis.axhline(tflops, color="black", linewidth=1, linestyle=style, label=label)
+    axis.set_ylim(0, 1.25 * max(CEILINGS.values()))  # room for the legend
+
+
+def _shape_of(row: dict[str, str]) -> str:
+    sizes = [row["m"], row["n"], row["k"]] + ([row["groups"]] if row["groups"] != "1" else [])
+    return "x".join(sizes)
+
+
+def _bar_label(row: dict[str, str]) -> str:
+    if row["path"] in DENSE:
+        return "dense: " + " or ".join(DENSE)
+    return f"{row['path']} {row['pattern']}"
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -155,6 +233,7 @@ def plot_encode(rows: Rows) -> plt.Figure:
 
 PLOTS: dict[str, Callable[[Rows], plt.Figure]] = {
     "experts_h200.csv": plot_experts,
+    "ssmm_h200.csv": plot_ssmm,
     "model_h200.csv": plot_model,
     "encode_cpu.csv": plot_encode,
 }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 FLUSH_BYTES = 1 << 30  # many times the 60 MB L2 of an H200; takes about 0.25 ms to read
 MIN_REPLAYS, MAX_REPLAYS = 12, 50
+LOAD_US = 50e3  # under which the clock is read
 
 Run = Callable[[], object]
 
@@ -54,6 +59,39 @@ class Clock:
         samples = [self._replay_us(graph) / len(steps) for _ in range(num_replays)]
         return Time.of(samples)
 
+    def kernel(self, steps: Sequence[Run], names: Sequence[str]) -> Time | None:
+        """Of the kernel alone that each step has with one of ``names``, by the profiler (CUPTI).
+
+        The steps are launched one by one, in the same order and behind the same flush; what an
+        earlier kernel of the step has left in the L2 is there. None where no such kernel is seen.
+        """
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(self.min_replays):
+                self._flush.sum()
+                for step in steps:
+                    step()
+            torch.cuda.synchronize()
+        samples = alone_us(
+            (
+                (event.name, event.time_range.start, event.time_range.end)
+                for event in profiled.events()
+                if event.device_type == DeviceType.CUDA
+            ),
+            names,
+        )
+        return Time.of(samples) if len(samples) >= self.min_replays else None
+
+    def mhz(self, steps: Sequence[Run], step_us: float) -> int | None:
+        """Clock of the SMs while the steps run on, each of them about ``step_us`` long."""
+        if sm_clock_mhz(self.device) is None:
+            return None
+        for _ in range(math.ceil(LOAD_US / (step_us * len(steps)))):
+            for step in steps:
+                step()
+        mhz = sm_clock_mhz(self.device)
+        torch.cuda.synchronize()
+        return mhz
+
     def _num_replays(self, time_us: float) -> int:
         return max(self.min_replays, min(MAX_REPLAYS, int(self.budget_ms * 1e3 / time_us)))
 
@@ -86,6 +124,37 @@ def capture(steps: Sequence[Run]) -> torch.cuda.CUDAGraph:
         for step in steps:
             step()
     return graph
+
+
+def alone_us(kernels: Iterable[tuple[str, float, float]], names: Sequence[str]) -> list[float]:
+    """Microseconds of the kernels with one of ``names``, from (name, start, end) of all kernels.
+
+    A kernel counts from when those before it have ended: it may start early, and then waits inside.
+    """
+    samples, ended = [], 0.0
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        if any(part in name for part in names):
+            samples.append(end - max(start, ended))
+        ended = max(ended, end)
+    return samples
+
+
+def sm_clock_mhz(device: torch.device) -> int | None:
+    """Clock of the SMs now, by the driver's management library (NVML); None without it."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    handle, mhz, sm_clock = ctypes.c_void_p(), ctypes.c_uint(), 1
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetClockInfo(handle, sm_clock, ctypes.byref(mhz))
+    )
+    return None if failed else mhz.value
 
 
 def copy_rate(device: torch.device) -> float:

@@ -27,7 +27,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SAMOYEDS_ABI_VERSION 1
+#define SAMOYEDS_ABI_VERSION 2
 
 typedef enum {
   SAMOYEDS_OK = 0,
@@ -71,15 +71,15 @@ typedef struct {
   int64_t blocks_per_sm;  // thread blocks on an SM: 1, or 2 for up to 4 fragments of results a warp
   int64_t splits;   // parts of k that different thread blocks compute, up to one for 128 columns;
                     // 1 but for the down product, whose results are then summed in fp32
-  int64_t cluster;  // 2: pairs of thread blocks load their weights together; 1: each alone
+  int64_t cluster;  // thread blocks that load tokens for each other: 2 in the Hopper kernel, else 1
 } SamoyedsPlan;
 
 typedef struct {
-  int64_t device;            // CUDA ordinal
-  void* stream;              // cudaStream_t; null is the default stream
-  void* workspace;           // for samoyeds_moe_*; its contents need not outlive the work queued
-  int64_t workspace_bytes;   // at least samoyeds_workspace_bytes()
-  const SamoyedsPlan* plan;  // of the first or only product; null: the heuristics choose
+  int64_t device;                 // CUDA ordinal
+  void* stream;                   // cudaStream_t; null is the default stream
+  void* workspace;                // its contents need not outlive the work queued
+  int64_t workspace_bytes;        // at least samoyeds_workspace_bytes() or its like for linear
+  const SamoyedsPlan* plan;       // of the first or only product; null: the heuristics choose
   const SamoyedsPlan* down_plan;  // of the down product of samoyeds_moe_mlp, likewise
 } SamoyedsLaunch;
 
@@ -133,8 +133,10 @@ int samoyeds_moe_up(const SamoyedsLaunch* launch, const SamoyedsRouting* routing
 // out [T, rows] = sum over K, in order, of weight * product with inner [T*K, cols].
 int samoyeds_moe_down(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,
                       const SamoyedsWeight* weight, const void* inner, void* out);
-// out [num_rows, rows] = x [num_rows, cols] times the only expert's weight; num_rows <= 2^28. Needs
-// no workspace.
+// out [num_rows, rows] = x [num_rows, cols] times the only expert's weight; num_rows <= 2^28. The
+// workspace may be null where samoyeds_linear_workspace_bytes() is 0.
+int64_t samoyeds_linear_workspace_bytes(const SamoyedsLaunch* launch, const SamoyedsWeight* weight,
+                                        int64_t num_rows);
 int samoyeds_linear(const SamoyedsLaunch* launch, const SamoyedsWeight* weight, const void* x,
                     int64_t num_rows, void* out);
 

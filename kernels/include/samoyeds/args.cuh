@@ -40,6 +40,16 @@ struct Tile {
   int count;
   int group;  // its first tile << 8 | tiles in it
 };
+// How the tokens of an expert are cut into tiles.
+struct Tiling {
+  int tokens;            // at most, of a tile
+  int align = 1;         // an expert's places start at a multiple of it
+  bool is_even = false;  // tiles of about the same size, else full ones and a rest
+  bool operator==(const Tiling& other) const {
+    return tokens == other.tokens && align == other.align && is_even == other.is_even;
+  }
+};
+inline constexpr int kNoPlace = -1, kNoPair = -1;
 static_assert(sizeof(Tile) == 16, "a tile is one load, and four numbers of samoyeds_route()");
 
 // Which rows of x meet which expert. Without routing (tiles == nullptr) all rows meet expert 0.
@@ -49,12 +59,14 @@ struct Tokens {
   const int* pairs;
   int num_rows;           // of x, without routing
   Divisor pairs_per_row;  // rows of x are tokens: K; or pairs: 1
+  int tile_tokens;        // of a full tile, without routing; for the Hopper kernel
 };
 
 enum class Output {
   kGated,    // [pairs, m/2]  SiLU(gate) * up; interleaved layouts only
   kRows,     // [pairs, m]
   kPartial,  // [splits, pairs, m]  fp32
+  kPanels,   // [m / 64][places]  as panels.cuh; of the Hopper kernel, kGated too
 };
 
 struct SsmmArgs {
@@ -68,6 +80,7 @@ struct SsmmArgs {
   int stages;
   Divisor splits;
   Divisor parts;  // items of a tile of tokens: parts of the rows, times splits
+  int places;     // of the panels that the Hopper kernel reads and writes
   bool is_early;  // the routing is complete although the previous kernel may still run
 };
 

@@ -15,33 +15,46 @@ using SsmmKernel = void (*)(SsmmArgs);
 struct SsmmVariant {
   int m_frags, n_frags, warps_m, warps_n, warps_k, cluster;  // as in SamoyedsPlan
   int tokens;                                                // of a tile
-  int tiles_m;     // of 16 kept rows, that a thread block computes
+  int tiles_m;     // of 16 kept rows, that a thread block computes; Hopper: see slab_tiles()
   int min_blocks;  // that fit on an SM by their registers
   int threads;
   bool needs_sm90a;
   int stage_bytes, scratch_bytes;  // of shared memory
   SsmmKernel kernels[4];           // by switch_period(): 0, 1, 2, 4; null where there is none
+  // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
+  bool is_hopper = false;
+  int hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
 };
 inline constexpr int kNumVariants = 11;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
 const SsmmVariant* fp16_variants();
 // Of the kernels above, the one for a weight.
-inline SsmmKernel kernel_for(const SsmmVariant& variant, const Layout& layout) {
+inline int kernel_number(const Layout& layout) {
   const int period = switch_period(layout);
-  return variant.kernels[period == 4 ? 3 : period];
+  return period == 4 ? 3 : period;
+}
+inline SsmmKernel kernel_for(const SsmmVariant& variant, const Layout& layout) {
+  return variant.kernels[kernel_number(layout)];
 }
 const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype);
+inline bool is_hopper(const SamoyedsPlan& plan) {
+  const SsmmVariant* variant = find_variant(plan, SAMOYEDS_BF16);
+  return variant && variant->is_hopper;
+}
+// Both products of a layer must: the first writes what the second reads.
+bool may_use_hopper(const Device& device, const Layout& layout, bool is_down);
 
 // Above so many pairs the down product's results, unless k is split, are stored in the model's
 // dtype, as dense torch does: in fp32 they would be the largest traffic of the layer.
 inline constexpr std::int64_t kMaxPartialPairs = 512;
 
 // Shared memory of a plan, and whether a device can run it for a weight.
-int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan);
+int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan, const Layout& layout);
 Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& layout,
                  bool may_split);
 SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
-                         std::int64_t num_tokens, std::int64_t top_k, bool is_down);
+                         std::int64_t num_tokens, std::int64_t top_k, bool is_down,
+                         bool allows_hopper);
 const char* heuristics();  // the rules as a table
 
 // The kernels. Each function queues its own and returns; shapes as in api.h.
@@ -49,19 +62,25 @@ Error pack(const Stream& stream, const Layout& layout, int num_experts, std::uin
            const void* values, const Meta* meta, const Index* index);
 Error unpack(const Stream& stream, const Layout& layout, int num_experts,
              const std::uint8_t* packed, void* values, Meta* meta, Index* index);
-// How the tokens of an expert are cut: tiles of `tokens`, as many as a multiple of `cluster`; the
-// last ones may be empty.
-struct Tiling {
-  std::int64_t tokens;
-  int cluster = 1;
-  bool operator==(const Tiling& other) const {
-    return tokens == other.tokens && cluster == other.cluster;
-  }
-};
-// At most so many tiles, whatever the router chooses.
+// At most so many tiles, and places where those of an expert start at a multiple of kPlaceAlign,
+// whatever the router chooses.
 std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling);
+std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts);
+// places [pairs], or null: where each pair is in `pairs`, or kNoPlace; then `pairs` is
+// [max_places()], with kNoPair where there is none.
 Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            Tiling tiling, int* pairs, Tile* tiles, int* num_tiles);
+            Tiling tiling, int* pairs, int* places, Tile* tiles, int* num_tiles);
+// x [rows, columns] to panels: to each place the row of its pair, or zeros.
+struct Gather {
+  const void* x;
+  int columns;
+  Divisor pairs_per_row;
+  const int* pairs;  // [max_places], or null: row r at place r
+  int num_rows;      // without pairs
+  int max_places;
+  void* panels;
+};
+Error gather(const Stream& stream, const Gather& args);
 Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,
            std::int64_t max_tiles);
 // Layouts of Kind::kGeneral, without a plan; tiles of kGeneralTokens tokens.
@@ -74,11 +93,14 @@ struct Combine {
   const void* top_k_weights;        // [T, K]
   SamoyedsDtype weights_dtype;
   int num_tokens, top_k, num_experts;
-  const void* rows;  // [splits, T*K, m]
+  const void* rows;  // [splits, T*K, m], or panels
   bool is_partial;   // rows are fp32, else of the result's dtype
   int splits;
-  int columns;  // m
-  void* out;    // [T, m]
+  int columns;        // m
+  const int* places;  // [T*K]; null: rows are no panels
+  int max_places;
+  int tile_columns;  // of panels, see first_column_of()
+  void* out;         // [T, m]
 };
 Error combine(const Stream& stream, SamoyedsDtype dtype, const Combine& args);
 // inner [pairs, I] = SiLU(gate) * up of both [pairs, 2I].
@@ -91,6 +113,7 @@ Error clear_unrouted(const Stream& stream, const std::int64_t* top_k_index, int 
 // Every kernel but those of the variants, for the device to load.
 std::vector<const void*> pack_kernels();
 std::vector<const void*> route_kernels();
+std::vector<const void*> gather_kernels();
 std::vector<const void*> general_kernels();
 std::vector<const void*> combine_kernels();
 

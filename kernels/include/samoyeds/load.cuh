@@ -42,7 +42,7 @@ struct Stages {
   __device__ void init() const {
     for (int slot = 0; slot < count; ++slot) {
       ptx::init_barrier(full(slot), Shape::kLoaders + (ptx::kHasBulkCopies ? 1 : 0));
-      ptx::init_barrier(empty(slot), kConsumers * Shape::kCluster);
+      ptx::init_barrier(empty(slot), kConsumers);
     }
   }
 };
@@ -123,16 +123,8 @@ class Loader {
       }
       __syncwarp();
       if (thread_ < Shape::kTilesPerStage && part() < parts && tile() < num_tiles_) {
-        if constexpr (Shape::kCluster > 1) {
-          // Each block of the cluster loads its share for both.
-          if (thread_ % Shape::kCluster == blockIdx.x % Shape::kCluster) {
-            ptx::copy_bulk_to_cluster(to + thread_ * kBlockStride, weights, block_bytes,
-                                      stages_.full(slot));
-          }
-        } else {
-          ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride, weights, block_bytes,
-                                                  stages_.full(slot));
-        }
+        ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride, weights, block_bytes,
+                                                stages_.full(slot));
       }
     } else {
       const std::int64_t tile_bytes = static_cast<std::int64_t>(args_.layout.blocks) * block_bytes;

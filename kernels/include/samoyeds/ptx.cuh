@@ -77,40 +77,7 @@ __device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, in
   }
 }
 
-// The same to the same place in both blocks of a cluster, each of whose own barrier is told.
-__device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t to, const void* from,
-                                                     int num_bytes, std::uint32_t barrier) {
-  constexpr std::uint16_t kBoth = 3;
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(num_bytes), "r"(barrier), "h"(kBoth)
-      : "memory");
-}
-
-// Arrives at the other block's barrier at the same place.
-// NOTE: with .release.cluster spelled out this would compile to a full memory barrier.
-__device__ __forceinline__ void arrive_at_peer(std::uint32_t barrier) {
-  asm volatile(
-      "{ .reg .b32 rank, peer; mov.u32 rank, %%cluster_ctarank; xor.b32 rank, rank, 1; "
-      "mapa.shared::cluster.u32 peer, %0, rank; mbarrier.arrive.shared::cluster.b64 _, [peer]; }" ::
-          "r"(barrier)
-      : "memory");
-}
-
-// All threads of both blocks; barriers that one has initialised are then known to the other.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile(
-      "fence.mbarrier_init.release.cluster; barrier.cluster.arrive.aligned; "
-      "barrier.cluster.wait.aligned;" ::
-          : "memory");
-}
-
 #else
-__device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t, const void*, int,
-                                                     std::uint32_t) {}
-__device__ __forceinline__ void arrive_at_peer(std::uint32_t) {}
-__device__ __forceinline__ void sync_cluster() {}
 inline constexpr bool kHasBulkCopies = false;
 __device__ __forceinline__ void arrive_expecting(std::uint32_t, std::uint32_t) {}
 template <bool kOnce>
@@ -133,6 +100,13 @@ __device__ __forceinline__ void copy_async_or_zero(std::uint32_t to, const void*
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(read ? 16 : 0)
                : "memory");
+}
+
+// To a relative error of 2^-11.
+__device__ __forceinline__ float tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Among `threads` threads of the block; 0 is __syncthreads().
@@ -169,6 +143,15 @@ __device__ __forceinline__ float load_shared_float(std::uint32_t address) {
 
 __device__ __forceinline__ void store_shared(std::uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t address, std::uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t address, std::uint32_t x,
+                                             std::uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
 }
 
 // d += A * B: A is 16x32 with 2 of every 4 kept, B is 32x8 (PTX ISA, "mma.sp").

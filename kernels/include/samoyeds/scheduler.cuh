@@ -15,27 +15,25 @@ struct Work {
 
 template <class Shape>
 class Scheduler {
-  static constexpr int kTokens = Shape::kTokens, kCluster = Shape::kCluster;
+  static constexpr int kTokens = Shape::kTokens;
 
  public:
   __device__ explicit Scheduler(const SsmmArgs& args) : args_(args) {
-    num_tiles_ = args.tokens.tiles ? *args.tokens.num_tiles
-                                   : ceil_div(args.tokens.num_rows, kTokens * kCluster) * kCluster;
+    num_tiles_ =
+        args.tokens.tiles ? *args.tokens.num_tiles : ceil_div(args.tokens.num_rows, kTokens);
   }
 
-  __device__ int num_items() const { return num_tiles_ / kCluster * args_.parts.value; }
+  __device__ int num_items() const { return num_tiles_ * args_.parts.value; }
 
   // Inside a group of tiles the tile varies fastest, then the split, then the rows.
   __device__ Work at(int item) const {
-    // A cluster takes neighbouring tiles; groups hold whole clusters.
-    const int rank = blockIdx.x % kCluster;
-    const int guess = item / args_.parts * kCluster + rank;  // a tile of the same group
+    const int guess = item / args_.parts;  // a tile of the same group
     Work work;
     work.tile = tile_at(guess);
-    const int group_first = work.tile.group >> 8, group_size = (work.tile.group & 255) / kCluster;
-    int part = item - group_first / kCluster * args_.parts.value;
+    const int group_first = work.tile.group >> 8, group_size = work.tile.group & 255;
+    int part = item - group_first * args_.parts.value;
     if (group_size > 1) {
-      const int chosen = group_first + part % group_size * kCluster + rank;
+      const int chosen = group_first + part % group_size;
       part /= group_size;
       if (chosen != guess) work.tile = tile_at(chosen);
     }
@@ -55,8 +53,7 @@ class Scheduler {
     }
     const int first = number * kTokens, group_first = number / kMaxGroup * kMaxGroup;
     const int group_size = min(kMaxGroup, num_tiles_ - group_first);
-    return {0, first, max(0, min(kTokens, args_.tokens.num_rows - first)),
-            group_first << 8 | group_size};
+    return {0, first, min(kTokens, args_.tokens.num_rows - first), group_first << 8 | group_size};
   }
 
   const SsmmArgs& args_;

@@ -11,15 +11,11 @@
 
 namespace samoyeds {
 
-template <typename T_, int kMFrags_, int kNFrags_, int kWarpsM_, int kWarpsN_, int kWarpsK_,
-          int kCluster_ = 1>
+template <typename T_, int kMFrags_, int kNFrags_, int kWarpsM_, int kWarpsN_, int kWarpsK_>
 struct SsmmShape {
   using T = T_;
   static constexpr int kMFrags = kMFrags_, kNFrags = kNFrags_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
-  // Thread blocks that multiply neighbouring tiles of tokens by the same weights, and load those
-  // together: what L2 can deliver is the limit of large products.
-  static constexpr int kCluster = kCluster_;
   static constexpr int kTokens = 8 * kNFrags * kWarpsN;
   static constexpr int kTilesM = kMFrags * kWarpsM;
   static constexpr int kTilesPerStage = kTilesM * kWarpsK;
@@ -33,7 +29,6 @@ struct SsmmShape {
   static constexpr int kThreads = kConsumers + kLoaders;
   using Accumulators = samoyeds::Accumulators<kMFrags, kNFrags>;
   static_assert(sizeof(T) == 2, "the matrix instruction takes 16-bit elements");
-  static_assert(kCluster == 1 || (kCluster == 2 && kMovesRegisters), "pairs, on sm_90a");
   static_assert(kWarpsM * kWarpsN * kWarpsK == kWarps, "every warp has its part");
   static_assert(!kMovesRegisters || kMinBlocks == 1, "four warps load: registers move by fours");
 };
@@ -80,7 +75,7 @@ template <class Shape>
 __device__ void load_items(const SsmmArgs& args, const Scheduler<Shape>& scheduler,
                            const Stages<Shape>& stages, const typename Shape::T** rows) {
   Loader<Shape> loader(args, stages, rows);
-  int item = blockIdx.x / Shape::kCluster, steps_started = 0;
+  int item = blockIdx.x, steps_started = 0;
   if (item < scheduler.num_items()) {
     loader.begin(scheduler.at(item));
     if (args.is_early) {
@@ -101,7 +96,7 @@ __device__ void load_items(const SsmmArgs& args, const Scheduler<Shape>& schedul
       turn.advance(stages.count);
     }
     steps_started = 0;
-    item += gridDim.x / Shape::kCluster;
+    item += gridDim.x;
     if (item < scheduler.num_items()) loader.begin(scheduler.at(item));
   }
 }
@@ -121,8 +116,7 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
 
   typename Shape::Accumulators acc;
   Turn turn;
-  for (int item = blockIdx.x / Shape::kCluster; item < scheduler.num_items();
-       item += gridDim.x / Shape::kCluster) {
+  for (int item = blockIdx.x; item < scheduler.num_items(); item += gridDim.x) {
     acc.clear();
     int num_blocks, live;
     {
@@ -137,7 +131,6 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
                                        stages.tokens(turn.slot) + tokens, live, period);
       }
       ptx::arrive(stages.empty(turn.slot));
-      if constexpr (Shape::kCluster > 1) ptx::arrive_at_peer(stages.empty(turn.slot));
       turn.advance(stages.count);
     }
     if (period != 0) acc.separate_rows();
@@ -164,11 +157,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const Stages<Shape> stages{ptx::shared_address(buffers), ptx::shared_address(barriers),
                              args.stages};
   if (threadIdx.x == 0) stages.init();
-  if constexpr (Shape::kCluster > 1) {
-    ptx::sync_cluster();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   if (!args.is_early) ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   if constexpr (ptx::kCanMoveRegisters || !Shape::kMovesRegisters) {
@@ -180,8 +169,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       if constexpr (Shape::kMovesRegisters) ptx::take_registers<232>();
       multiply_items<Shape, kSwitchPeriod>(args, scheduler, stages);
     }
-    // The peer may still signal this block's barriers.
-    if constexpr (Shape::kCluster > 1) ptx::sync_cluster();
   }
 }
 

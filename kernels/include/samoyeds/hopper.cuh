@@ -1,0 +1,102 @@
+// The matrix kernel of Hopper for many tokens: the same product as ssmm.cuh, on wgmma.sp.
+//
+// A thread block has two warpgroups that multiply and one that loads, and stays until all items are
+// done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
+// a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
+// sums each, or two times 64 kept rows where N = M. Each block of a cluster loads half of the
+// tokens for both.
+//
+// What limits it: shared memory. A step of 128 columns, 768 clocks of wgmma.sp, reads 98 KB of
+// tokens for the instruction, 19 KB of weights to registers, and writes 68 KB that arrive.
+#pragma once
+
+#include "samoyeds/slab_load.cuh"
+#include "samoyeds/slab_mma.cuh"
+#include "samoyeds/slab_store.cuh"
+
+namespace samoyeds {
+
+// Calls run(std::integral_constant<int, 16 * live>) for 1 <= live <= kMost.
+template <int kMost, typename Run>
+__device__ __forceinline__ void for_size(int live, Run&& run) {
+  if (live == kMost) return run(std::integral_constant<int, 16 * kMost>{});
+  if constexpr (kMost > 1) for_size<kMost - 1>(live, run);
+}
+
+// A warpgroup without a slab in this item still signals.
+template <class Buffers>
+__device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
+  for (int block = 0; block < blocks; ++block) {
+    ptx::wait(buffers.full(turn.slot), turn.parity);
+    buffers.release(turn.slot);
+    turn.advance(Buffers::kSlots);
+  }
+}
+
+template <class Shape, int kSwitchPeriod, class Buffers>
+__device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
+                               const Buffers& buffers) {
+  const int group = uniform(threadIdx.x / kGroupThreads);
+  const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
+  constexpr int kStep = Shape::kLiveStep;
+  const int blocks = args.layout.blocks;
+  Turn turn;
+  SlabWork next = scheduler.at(scheduler.first());
+  for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
+    const SlabWork work = next;
+    next = scheduler.at(item + scheduler.step());  // read while this one is computed
+    if (group >= work.num_slabs()) {
+      skip_blocks(buffers, turn, blocks);
+      continue;
+    }
+    SlabAccumulators<Shape> acc;
+    acc.clear();
+    const int first_tile = group * Buffers::kSlabTiles + warp;
+    for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
+      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile)
+          .run(turn, blocks);
+    });
+    if constexpr (kSwitchPeriod != 0) acc.separate_rows();
+    const int slab = work.first_slab() + group;
+    const std::uint32_t staged = buffers.staged(group);
+    if (args.output == Output::kGated) {
+      SlabStore<Shape, kSwitchPeriod, true, true>(args, work, slab, staged).run(acc);
+    } else if (args.output == Output::kPanels) {
+      SlabStore<Shape, kSwitchPeriod, false, true>(args, work, slab, staged).run(acc);
+    } else {
+      SlabStore<Shape, kSwitchPeriod, false, false>(args, work, slab, staged).run(acc);
+    }
+  }
+  if (threadIdx.x % kGroupThreads == 0) ptx::wait_for_stores();
+}
+
+template <class Shape, int kSwitchPeriod>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    hopper_kernel(const __grid_constant__ SsmmArgs args) {
+  if constexpr (!ptx::kHasWgmma) {
+    __trap();  // check_plan() refuses such plans
+    return;
+  }
+  if constexpr (ptx::kHasWgmma) {
+    using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
+    extern __shared__ __align__(1024) std::uint8_t memory[];
+    const Buffers buffers{(ptx::shared_address(memory) + Buffers::kAlignment - 1) &
+                          ~static_cast<std::uint32_t>(Buffers::kAlignment - 1)};
+    if (threadIdx.x == 0) buffers.init();
+    ptx::sync_cluster();
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const SlabScheduler<Shape> scheduler(args, args.layout.tiles / Buffers::kSlabTiles);
+    if (threadIdx.x >= Shape::kGroups * kGroupThreads) {
+      ptx::give_registers<Shape::kLoaderRegisters>();
+      load_slabs(args, scheduler, buffers);
+    } else {
+      ptx::take_registers<Shape::kRegisters>();
+      multiply_slabs<Shape, kSwitchPeriod>(args, scheduler, buffers);
+    }
+    // The others may still signal this block's barriers, or copy into it.
+    ptx::sync_cluster();
+  }
+}
+
+}  // namespace samoyeds

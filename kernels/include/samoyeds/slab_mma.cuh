@@ -1,0 +1,218 @@
+// The Hopper kernel, shared memory to sparse tensor cores: weights go through registers in fragment
+// order, tokens are read where they are.
+#pragma once
+
+#include "samoyeds/slab_scheduler.cuh"
+
+namespace samoyeds {
+
+// The results of a warpgroup. (1, 2, V): d runs through all of k, odd gathers the odd rows, as in
+// mma.cuh. N = M: two times 64 kept rows.
+template <class Shape>
+struct SlabAccumulators {
+  static constexpr int kSize = Shape::kTokens / 2;
+  float d[kSize], odd[kSize];
+  std::uint32_t rows;  // bit r: row r of this warp's tile takes the odd dense row at present
+
+  __device__ __forceinline__ void clear() {
+    rows = 0;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) d[i] = odd[i] = 0.f;
+  }
+
+  template <int kLive>
+  __device__ __forceinline__ void switch_rows(std::uint32_t next) {
+    const std::uint32_t low_row = 1u << threadIdx.x % kWarpThreads / 4;
+    const std::uint32_t high_row = low_row << kHalfTile;
+    const auto change = [&](std::uint32_t row) {
+      return (rows & row ? 1.f : 0.f) - (next & row ? 1.f : 0.f);
+    };
+    const float low = change(low_row), high = change(high_row);
+    rows = next;
+#pragma unroll
+    for (int i = 0; i < kLive / 2; ++i) odd[i] = fmaf(i & 2 ? high : low, d[i], odd[i]);
+  }
+
+  // Afterwards d holds the even dense rows and odd the odd ones.
+  __device__ __forceinline__ void separate_rows() {
+    switch_rows<Shape::kTokens>(0);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) d[i] -= odd[i];
+  }
+};
+
+// Weights of a warp for kSteps steps of a block: 16 kept rows x 32 dense columns each.
+template <int kSteps>
+struct Fragments {
+  uint4 a[kSteps];
+  std::uint32_t meta;  // of two steps
+  std::uint32_t rows;  // bit r is set where row r takes the odd dense row
+
+  // `tile`: this warp's rows of the block. kHasRows: (1, 2, V), where rows may change at kFirst.
+  template <int kFirst, bool kHasRows>
+  __device__ __forceinline__ void load(std::uint32_t tile) {
+    const int lane = threadIdx.x % kWarpThreads;
+    if constexpr (kHasRows) rows = ptx::load_shared_word(tile + kRowsOffset + kFirst * 4);
+    meta = ptx::load_shared_word(tile + kMetaOffset + kFirst / 2 * kMetaPairBytes + lane * 4);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      a[i] = ptx::load_shared(tile + (kFirst + i) * kStepBytes + lane * 16);
+    }
+  }
+
+  // Starts step kStep, number `i` of these, with the first kLive tokens of its panel.
+  template <typename T, int kLive, int kStep, int kSize>
+  __device__ __forceinline__ void start(float (&d)[kSize], int i, std::uint32_t panel) const {
+    ptx::multiply_sparse_async<T, kLive, kStep % 2>(
+        d, a[i], ptx::matrix_descriptor(panel, kStep % 2 * kStepCols * 2), meta);
+  }
+};
+
+// All of k for one slab, with the first kLive tokens of the tile. Weights that come next are on
+// their way to registers while the tensor cores still work.
+template <class Shape, int kSwitchPeriod, int kLive, class Buffers>
+class SlabProduct {
+  using T = typename Shape::T;
+  static constexpr int kSums = kLive / 2;
+  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
+
+ public:
+  // `first_tile`: this warp's of the thread block's tiles of 16 kept rows.
+  __device__ __forceinline__ SlabProduct(SlabAccumulators<Shape>& acc, const Buffers& buffers,
+                                         int first_tile)
+      : acc_(acc), buffers_(buffers), first_tile_(first_tile) {}
+
+  __device__ __forceinline__ void run(Turn& turn, int blocks) {
+    ptx::wait(buffers_.full(turn.slot), turn.parity);
+    load_first(turn.slot);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      slot_ = turn.slot;
+      tile_ = tile_of(slot_);
+      turn.advance(Buffers::kSlots);
+      const auto load_next = [&] {
+        if (block + 1 == blocks) return;
+        ptx::wait(buffers_.full(turn.slot), turn.parity);
+        load_first(turn.slot);
+      };
+      if constexpr (kSwitchPeriod == 4) {
+        whole_block(load_next);
+      } else if constexpr (kSwitchPeriod == 2) {
+        half_blocks(load_next);
+      } else if constexpr (kSwitchPeriod == 1) {
+        steps(load_next);
+      } else {
+        two_times(load_next);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t tile_of(int slot) const {
+    return buffers_.weights(slot) + first_tile_ * kBlockStride;
+  }
+
+  __device__ __forceinline__ void load_first(int slot) {
+    if constexpr (kIsSwitched) {
+      first_.template load<0, true>(tile_of(slot));
+    } else {
+      one_.template load<0, false>(tile_of(slot));
+    }
+  }
+
+  __device__ __forceinline__ void start_half(const Fragments<2>& weights, int half) const {
+    const std::uint32_t panel = buffers_.tokens(slot_, half);
+    ptx::wgmma_fence();
+    weights.template start<T, kLive, 0>(acc_.d, 0, panel);
+    weights.template start<T, kLive, 1>(acc_.d, 1, panel);
+    ptx::wgmma_commit();
+  }
+
+  // V = 128 and its multiples: rows change once a block.
+  template <typename Next>
+  __device__ __forceinline__ void whole_block(Next&& load_next) {
+    second_.template load<2, false>(tile_);
+    acc_.template switch_rows<kLive>(first_.rows);
+    start_half(first_, 0);
+    start_half(second_, 1);
+    ptx::wgmma_wait<1>();
+    load_next();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    buffers_.release(slot_);
+  }
+
+  // V = 64.
+  template <typename Next>
+  __device__ __forceinline__ void half_blocks(Next&& load_next) {
+    acc_.template switch_rows<kLive>(first_.rows);
+    start_half(first_, 0);
+    second_.template load<2, true>(tile_);
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    acc_.template switch_rows<kLive>(second_.rows);
+    start_half(second_, 1);
+    load_next();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    buffers_.release(slot_);
+  }
+
+  // V = 32. Fragments of one half at a time: two would not fit beside the changes of rows.
+  template <typename Next>
+  __device__ __forceinline__ void steps(Next&& load_next) {
+    step<0>();
+    step<1>();
+    first_.template load<2, false>(tile_);
+    step<2>();
+    step<3>();
+    buffers_.release(slot_);
+    load_next();
+  }
+
+  template <int kStep>
+  __device__ __forceinline__ void step() {
+    acc_.template switch_rows<kLive>(ptx::load_shared_word(tile_ + kRowsOffset + kStep * 4));
+    ptx::wgmma_fence();
+    first_.template start<T, kLive, kStep>(acc_.d, kStep % 2, buffers_.tokens(slot_, kStep / 2));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+  }
+
+  // N = M: two times 64 kept rows, in turn, a step at a time; more fragments would not fit.
+  template <typename Next>
+  __device__ __forceinline__ void two_times(Next&& load_next) {
+    pair<0>();
+    pair<1>();
+    pair<2>();
+    pair<3>();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    ptx::wgmma_wait_for<kSums>(acc_.odd);
+    buffers_.release(slot_);
+    load_next();
+  }
+
+  template <int kStep>
+  __device__ __forceinline__ void pair() {
+    const std::uint32_t panel = buffers_.tokens(slot_, kStep / 2);
+    ptx::wgmma_fence();
+    one_.template start<T, kLive, kStep>(acc_.d, 0, panel);
+    ptx::wgmma_commit();
+    if constexpr (kStep > 0) ptx::wgmma_wait<1>();  // other_ is free
+    other_.template load<kStep, false>(tile_ + 4 * kBlockStride);
+    ptx::wgmma_fence();
+    other_.template start<T, kLive, kStep>(acc_.odd, 0, panel);
+    ptx::wgmma_commit();
+    if constexpr (kStep + 1 < kStepsPerBlock) {
+      ptx::wgmma_wait<1>();  // one_ is free
+      one_.template load<kStep + 1, false>(tile_);
+    }
+  }
+
+  SlabAccumulators<Shape>& acc_;
+  const Buffers& buffers_;
+  const int first_tile_;
+  int slot_ = 0;
+  std::uint32_t tile_ = 0;       // this warp's, in the slot
+  Fragments<2> first_, second_;  // (1, 2, V): of half a block
+  Fragments<1> one_, other_;     // N = M: of a step
+};
+
+}  // namespace samoyeds

@@ -1,0 +1,141 @@
+// The Hopper kernel: its tile, the shared memory of a thread block, and which part of the product
+// that computes next.
+#pragma once
+
+#include "samoyeds/load.cuh"
+#include "samoyeds/panels.cuh"
+#include "samoyeds/wgmma.cuh"
+
+namespace samoyeds {
+
+inline constexpr int kGroupThreads = 128;  // a warpgroup
+inline constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
+inline constexpr int kSlabRows = 128;  // dense
+
+template <typename T_>
+struct HopperShape {
+  using T = T_;
+  static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads
+  // Of a tile: what the registers hold, two sums each. Fewer would load the weights more often.
+  static constexpr int kTokens = 192;
+  static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
+  static constexpr int kCluster = 2;    // thread blocks
+  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  // Moved from the warps that load to those that multiply: all have 168 at first.
+  static constexpr int kRegisters = 232, kLoaderRegisters = 40;
+};
+
+// The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
+// panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
+// completes when the copies are there, `empty` when every warp of the cluster that multiplies is
+// done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
+template <class Shape, int kSwitchPeriod>
+struct HopperBuffers {
+  static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
+  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kBlockStride;
+  static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
+  // Of a warpgroup's results: half a panel, and a number for each token.
+  static constexpr int kStagedBytes = kTilePanelBytes / 2 + Shape::kTokens * 4;
+  static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
+  static constexpr int kAlignment = 1024;  // of swizzled rows
+  static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes + 16) +
+                                Shape::kGroups * kStagedBytes;
+  static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
+
+  std::uint32_t base;  // shared memory, a multiple of kAlignment
+
+  __device__ std::uint32_t tokens(int slot, int panel) const {
+    return base + (slot * 2 + panel) * kTilePanelBytes;
+  }
+  __device__ std::uint32_t staged(int group) const {
+    return tokens(kSlots, 0) + group * kStagedBytes;
+  }
+  __device__ std::uint32_t weights(int slot) const {
+    return staged(Shape::kGroups) + slot * kWeightBytes;
+  }
+  __device__ std::uint32_t full(int slot) const { return weights(kSlots) + slot * 8; }
+  __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
+
+  __device__ void init() const {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      ptx::init_barrier(full(slot), 1);
+      ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
+    }
+  }
+
+  // By a whole warp that has read a slot: one arrival stands for it in each thread block of the
+  // cluster, as they load for each other.
+  __device__ __forceinline__ void release(int slot) const {
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpThreads;
+    if (lane < Shape::kCluster) ptx::arrive_at(empty(slot), lane);
+  }
+};
+
+// The same in all lanes of a warp, and the compiler knows it: addresses then need no register of
+// each thread.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// A tile of tokens, and slabs of this thread block; small numbers in one, as registers are few.
+struct SlabWork {
+  int expert = 0, first = 0;  // of the tile
+  int packed = 0;             // first slab << 16 | slabs << 8 | tokens; a weight has 2^13 slabs
+
+  __device__ int count() const { return packed & 255; }
+  __device__ int num_slabs() const { return packed >> 8 & 255; }
+  __device__ int first_slab() const { return packed >> 16; }
+};
+
+// Which item a cluster computes next; as Scheduler, with slabs as rows and without splits.
+template <class Shape>
+class SlabScheduler {
+ public:
+  __device__ SlabScheduler(const SsmmArgs& args, int num_slabs)
+      : args_(args), num_slabs_(num_slabs) {}
+
+  __device__ static int first() { return blockIdx.x / Shape::kCluster; }
+  __device__ static int step() { return gridDim.x / Shape::kCluster; }
+
+  // Without tokens beyond the last item. Reads what it needs each time rather than keep registers.
+  __device__ SlabWork at(int item) const {
+    const int num_tiles =
+        uniform(args_.tokens.tiles ? __ldg(args_.tokens.num_tiles)
+                                   : ceil_div(args_.tokens.num_rows, args_.tokens.tile_tokens));
+    if (item >= num_tiles * args_.parts.value) return {};
+    const int guess = item / args_.parts;  // a tile of the same group
+    Tile tile = tile_at(guess);
+    const int group_first = tile.group >> 8, group_size = tile.group & 255;
+    int part = item - group_first * args_.parts.value;
+    if (group_size > 1) {
+      const int chosen = group_first + part % group_size;
+      part /= group_size;
+      if (chosen != guess) tile = tile_at(chosen);
+    }
+    const int begin = part * (Shape::kCluster * Shape::kGroups);
+    const int count = min(Shape::kCluster * Shape::kGroups, num_slabs_ - begin);
+    const int rank = blockIdx.x % Shape::kCluster;
+    const int first = ceil_div(count * rank, Shape::kCluster);
+    const int slabs = ceil_div(count * (rank + 1), Shape::kCluster) - first;
+    return {uniform(tile.expert), uniform(tile.first),
+            uniform((begin + first) << 16 | slabs << 8 | tile.count)};
+  }
+
+ private:
+  __device__ Tile tile_at(int number) const {
+    if (args_.tokens.tiles) {
+      const int4 t = __ldg(reinterpret_cast<const int4*>(args_.tokens.tiles) + number);
+      return {t.x, t.y, t.z, t.w};
+    }
+    const int tokens = args_.tokens.tile_tokens, rest = args_.tokens.num_rows - number * tokens;
+    // A tile that is not full comes last, in a group of its own: it fills what the others leave.
+    const int num_full = args_.tokens.num_rows / tokens;
+    const int group_first = rest < tokens ? number : number / kMaxGroup * kMaxGroup;
+    const int group_size = rest < tokens ? 1 : min(kMaxGroup, num_full - group_first);
+    return {0, number * tokens, min(tokens, rest), group_first << 8 | group_size};
+  }
+
+  const SsmmArgs& args_;
+  int num_slabs_;
+};
+
+}  // namespace samoyeds
