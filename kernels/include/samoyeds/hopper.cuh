@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   if constexpr (ptx::kHasWgmma) {
     using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
-    extern __shared__ __align__(1024) std::uint8_t memory[];
+    // NOTE: aligned here: a stricter __align__ would hold for every kernel of the file, and take
+    // shared memory from those that need less.
+    extern __shared__ __align__(128) std::uint8_t memory[];
     const Buffers buffers{(ptx::shared_address(memory) + Buffers::kAlignment - 1) &
                           ~static_cast<std::uint32_t>(Buffers::kAlignment - 1)};
     if (threadIdx.x == 0) buffers.init();
