@@ -59,7 +59,8 @@ typedef struct {
 } SamoyedsRouting;
 
 // How one product runs. The heuristics fill it; tests and benchmarks may ask for another one.
-// Fragments and warps must be those of a compiled kernel (variants.cuh).
+// Fragments and warps must be those of a compiled kernel (variants.cuh). The Hopper kernel, the one
+// with clusters, has 3 stages, 2 where N = M, and 1 split.
 // General patterns have one kernel, which ignores the plan.
 typedef struct {
   int64_t m_frags;        // fragments of 16 kept rows that a warp holds
