@@ -7,9 +7,9 @@
 namespace samoyeds {
 
 // SiLU(x) = x/2 + x/2 * tanh(x/2). In bf16 by the special function for tanh: the tensor cores wait
-// for the gate, and this is half of its work. Its relative error is 2^-11 (PTX ISA, "tanh"), that of
-// SiLU at most 2^-12 |x|: a quarter of what bf16 rounds for x > 0, but not relative to SiLU(x) where
-// that nears 0 below x = -4.
+// for the gate, and this is half of its work. Its relative error is 2^-11 (PTX ISA, "tanh"), that
+// of SiLU at most 2^-12 |x|: a quarter of what bf16 rounds for x > 0, but not relative to SiLU(x)
+// where that nears 0 below x = -4.
 template <typename T>
 __device__ __forceinline__ float gate(float x) {
   if constexpr (std::is_same_v<T, __half>) return silu(x);
