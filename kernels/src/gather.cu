@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(Gather args) {
   uint4 values[kPanelsAtOnce];
 #pragma unroll
   for (int i = 0; i < kPanelsAtOnce; ++i) {
-    values[i] =
-        {};  // where no pair is: results of other places do not depend on it, but it is read
+    // Zeros where no pair is: no other place's result depends on them, but they are read.
+    values[i] = {};
     if (pair != kNoPair && first + i < panels) values[i] = __ldg(from + i * kPanelChunks);
   }
 #pragma unroll

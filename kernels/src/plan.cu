@@ -136,7 +136,7 @@ int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan, const Lay
 }
 
 Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& layout,
-                 bool may_split) {
+                 bool is_down) {
   const SsmmVariant* variant = find_variant(plan, SAMOYEDS_BF16);
   if (!variant) {
     return invalid("a plan's fragments and warps must be those of a compiled kernel, found " +
@@ -151,7 +151,10 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
   if (!kernel_for(*variant, layout)) {
     return unsupported("this plan needs a V that is a multiple of 64");
   }
-  if (variant->is_hopper && !may_use_hopper(device, layout, may_split)) {
+  if (variant->is_hopper && is_down && layout.interleaved) {
+    return unsupported("this plan needs a down product whose weight is no gate_up, found one");
+  }
+  if (variant->is_hopper && !may_use_hopper(device, layout, is_down)) {
     return unsupported("this plan needs m and k that are multiples of 128, found " +
                        std::to_string(layout.rows) + " x " + std::to_string(layout.cols));
   }
@@ -167,7 +170,7 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
                    std::to_string(plan.stages));
   }
   if (plan.splits < 1 || plan.splits > std::max(1, layout.blocks) ||
-      (plan.splits > 1 && !may_split)) {
+      (plan.splits > 1 && !is_down)) {
     return invalid("a plan's splits must be 1, or at most " + std::to_string(layout.blocks) +
                    " for the down product, found " + std::to_string(plan.splits));
   }

@@ -51,7 +51,7 @@ inline constexpr std::int64_t kMaxPartialPairs = 512;
 // Shared memory of a plan, and whether a device can run it for a weight.
 int shared_bytes(const SsmmVariant& variant, const SamoyedsPlan& plan, const Layout& layout);
 Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& layout,
-                 bool may_split);
+                 bool is_down);
 SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
                          std::int64_t num_tokens, std::int64_t top_k, bool is_down,
                          bool allows_hopper);
