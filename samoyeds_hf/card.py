@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 import samoyeds_hf
-from samoyeds_hf.report import format_bytes
+from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.report import format_bytes, shortened
 from samoyeds_hf.shards import write_text
 
 if TYPE_CHECKING:
     from samoyeds_hf.plan import ConversionPlan
     from samoyeds_hf.report import PatchReport
 
+_TITLE = "# {name}, made sparse with Samoyeds"
 _BODY = """\
-# {name}, made sparse with Samoyeds
+{title}
 
 ```python
 import samoyeds_hf  # not needed where samoyeds-hf is installed and autoload is on
@@ -32,7 +37,7 @@ mismatch on the expert weights; that is intended.
 ## What was done
 
 The weights of the Mixture-of-Experts layers of `{base}` were pruned to the pattern
-**{pattern}** ({density:.0%} of the weights are kept) with the method `{method}` and stored in the
+**{pattern}** ({density:.1%} of the weights are kept) with the method `{method}` and stored in the
 Samoyeds format, version {version}, by samoyeds-hf {package}.
 
 | | dense | sparse |
@@ -40,11 +45,18 @@ Samoyeds format, version {version}, by samoyeds-hf {package}.
 | pruned weights | {weights_before} | {weights_after} |
 | whole model | {before} | {after} |
 
-Relative Frobenius error of the pruned weights: {error:.4f} on average, {worst:.4f} at most (per
-weight in `samoyeds_report.json`). This says nothing about the quality of the model's answers:
-measure that with `samoyeds eval {name} --tasks ... --against {base}`.
+{section}"""
 
-{skipped}"""
+_HEADING = "## How it was pruned"
+_RECOVERIES = {
+    "block": "trained layer by layer towards the dense model's layers",
+    "distill": "distilled from the dense model",
+}
+_MOST_NOTES = 20
+_CAVEAT = """\
+These numbers, per weight in `samoyeds_report.json`, say nothing about the quality of the model's
+answers: measure that with `samoyeds eval {name} --tasks ... --against {base}`.
+"""
 
 
 def write_card(directory: Path, plan: ConversionPlan, report: PatchReport, source: str) -> None:
@@ -55,12 +67,12 @@ def write_card(directory: Path, plan: ConversionPlan, report: PatchReport, sourc
     if not Path(source).exists():
         front["base_model"] = source
     front.update(_licence(plan.source / "README.md"))
-    skipped = "\n".join(f"- left dense: `{s.name}`: {s.reason}" for s in report.skipped)
     body = _BODY.format(
+        title=_TITLE.format(name=name),
         name=name,
         base=base,
-        pattern=plan.config.pattern,
-        density=plan.config.pattern.density,
+        pattern=", ".join(dict.fromkeys(weight.pattern for weight in report.weights)),
+        density=_density(report),
         method=plan.config.method,
         version=plan.config.format_version,
         package=samoyeds_hf.__version__,
@@ -68,12 +80,91 @@ def write_card(directory: Path, plan: ConversionPlan, report: PatchReport, sourc
         weights_after=format_bytes(report.bytes_after),
         before=format_bytes(plan.bytes_before),
         after=format_bytes(plan.bytes_after),
-        error=report.error,
-        worst=max(weight.error for weight in report.weights),
-        skipped=skipped,
+        section=pruning_section(report, name, base),
     )
     header = yaml.safe_dump(front, sort_keys=False)
     write_text(directory / "README.md", f"---\n{header}---\n\n{body.rstrip()}\n")
+
+
+def _density(report: PatchReport) -> float:
+    """Share of the pruned weights' elements that is kept."""
+    sizes = [math.prod(weight.shape) for weight in report.weights]
+    kept = [
+        size * SparsityPattern.parse(weight.pattern).density
+        for size, weight in zip(sizes, report.weights, strict=True)
+    ]
+    return sum(kept) / sum(sizes)
+
+
+def updated_card(text: str, report: PatchReport, name: str, base: str) -> str:
+    """A card that :func:`write_card` wrote, for a checkpoint made from that one with its masks.
+
+    The name and the section of :func:`pruning_section` change; a card without them gets the section
+    at its end.
+
+    Args:
+        text: of the card.
+        report: of the new checkpoint.
+        name: of the new checkpoint.
+        base: the dense model.
+    """
+    title = re.search(_TITLE.format(name="(.+)"), text, re.MULTILINE)
+    if title is not None:
+        text = text.replace(title[0], _TITLE.format(name=name))
+        text = text.replace(f'from_pretrained("{title[1]}")', f'from_pretrained("{name}")')
+    before, _, section = text.partition(_HEADING)
+    _, heading, after = section.partition("\n## ")
+    new = pruning_section(report, name, base).rstrip()
+    return f"{before.rstrip()}\n\n{new}\n{heading}{after}"
+
+
+def pruning_section(report: PatchReport, name: str, base: str) -> str:
+    """The part of a card that follows from the report: settings, data, errors, what was left.
+
+    Args:
+        report: of the checkpoint.
+        name: of the checkpoint, as in the command that measures it.
+        base: the dense model.
+    """
+    lines = [f"- method: {_method(report)}"]
+    patterns = Counter(weight.pattern for weight in report.weights)
+    if len(patterns) > 1:
+        total = len(report.weights)
+        found = ", ".join(f"`{p}` for {n} of {total} weights" for p, n in patterns.items())
+        lines.append(f"- patterns: {found}")
+    if report.calibration is not None:
+        digest = report.calibration.get("sha256")
+        lines.append(f"- calibration: {report.describe_calibration()}")
+        lines += [f"- sha256 of the calibration tokens: `{digest}`"] if digest else []
+    if report.tokens is not None:
+        fewest, middle = report.tokens
+        lines.append(f"- calibration tokens of an expert: {fewest} at least, {middle:.0f} median")
+    worst = max((weight.error for weight in report.weights), default=0.0)
+    lines.append(
+        f"- relative Frobenius error of the weights: {report.error:.4f} on average, {worst:.4f} at "
+        "most"
+    )
+    outputs = [w.output_error for w in report.weights if w.output_error is not None]
+    if outputs:
+        mean = sum(outputs) / len(outputs)
+        lines.append(
+            f"- relative squared error of the outputs on the calibration data: {mean:.4f} on "
+            f"average, {max(outputs):.4f} at most"
+        )
+    lines += [f"- left dense: `{skip.name}`: {skip.reason}" for skip in report.skipped]
+    lines += [f"- note: {note}" for note in shortened(report.notes, _MOST_NOTES)]
+    return "\n".join([_HEADING, "", *lines, "", _CAVEAT.format(name=name, base=base)])
+
+
+def _method(report: PatchReport) -> str:
+    words = [f"`{report.method}`"]
+    if report.refine:
+        words.append("refined by least squares on the weights that are kept")
+    if report.asymmetric or report.method == "best":
+        words.append("each layer towards what the dense model makes of the same text")
+    if report.recover is not None:
+        words.append(f"then {_RECOVERIES[report.recover]} with the mask held (`{report.recover}`)")
+    return ", ".join(words)
 
 
 def _licence(readme: Path) -> dict[str, str]:

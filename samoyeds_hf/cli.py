@@ -1,14 +1,36 @@
-"""The command ``samoyeds``: plan, convert, check, export-dense, eval, env, demo."""
+"""The command ``samoyeds``: from the plan of a conversion to what its result is worth."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from samoyeds_hf.cli_options import (
+    Asymmetric,
+    Budget,
+    CalibrationText,
+    Device,
+    Method,
+    Overwrite,
+    Pattern,
+    Recipe,
+    Recover,
+    Refine,
+    Samples,
+    Seed,
+    SequenceLength,
+    ShardSize,
+    Source,
+    calibration_options,
+    is_first_process,
+    make_config,
+    parse_size,
+    print_plan,
+)
+from samoyeds_hf.cli_recover import recover
 from samoyeds_hf.errors import ConfigError, SamoyedsError
 
 app = typer.Typer(
@@ -19,23 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup would read N:M:V as an emoji and [default: ...] as a style
     pretty_exceptions_enable=False,
 )
-
-if TYPE_CHECKING:
-    from samoyeds_hf.config import SamoyedsConfig
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Model directory, or an id of the Hub.")]
-Pattern = Annotated[str | None, typer.Option(help="N:M:V, or 2:4.  [default: 1:2:64]")]
-Method = Annotated[str | None, typer.Option(help="How weights are chosen.  [default: magnitude]")]
-Recipe = Annotated[
-    str | None,
-    typer.Option(help="YAML file with all settings, or the name of a bundled recipe."),
-]
-ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace DST once the new checkpoint is complete.")
-]
 
 
 def main() -> None:
@@ -55,6 +60,14 @@ def plan(
     source: Source,
     pattern: Pattern = None,
     method: Method = None,
+    refine: Refine = None,
+    asymmetric: Asymmetric = None,
+    recover: Recover = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    device: Device = None,
     recipe: Recipe = None,
     shard_size: ShardSize = "5GB",
     destination: Annotated[
@@ -67,8 +80,19 @@ def plan(
     """
     from samoyeds_hf.plan import plan_conversion
 
-    found = plan_conversion(source, _config(pattern, method, recipe), parse_size(shard_size))
-    print(found)
+    config = make_config(
+        {
+            "pattern": pattern,
+            "method": method,
+            "refine": refine,
+            "asymmetric": asymmetric,
+            "recover": recover,
+        },
+        calibration_options(calibration, samples, sequence_length, seed),
+        recipe,
+    )
+    found = plan_conversion(source, config, parse_size(shard_size))
+    print_plan(found, device)
     found.check_disk(destination or Path.cwd())
 
 
@@ -78,6 +102,15 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
     pattern: Pattern = None,
     method: Method = None,
+    refine: Refine = None,
+    asymmetric: Asymmetric = None,
+    recover: Recover = None,
+    budget: Budget = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    device: Device = None,
     recipe: Recipe = None,
     shard_size: ShardSize = "5GB",
     resume: Annotated[
@@ -90,20 +123,38 @@ def convert(
 ) -> None:
     """Prune and encode the experts of a checkpoint on disk.
 
-    Memory: one expert at a time. DST appears when it is complete.
+    Memory: one expert at a time; with --calibration two decoder layers and what `samoyeds plan`
+    says. DST appears when it is complete.
     """
+    from samoyeds_hf.budget import with_budget
     from samoyeds_hf.convert import convert_checkpoint
+    from samoyeds_hf.convert_layers import require_calibration
     from samoyeds_hf.directory import check_destination
     from samoyeds_hf.plan import plan_conversion
 
-    config = _config(pattern, method, recipe)
+    config = make_config(
+        {
+            "pattern": pattern,
+            "method": method,
+            "refine": refine,
+            "asymmetric": asymmetric,
+            "recover": recover,
+        },
+        calibration_options(calibration, samples, sequence_length, seed),
+        recipe,
+    )
     if dry_run:
+        if config.is_calibrated:
+            require_calibration(config)
         found = plan_conversion(source, config, parse_size(shard_size))
         check_destination(found.source, destination, overwrite)
-        print(found)
+        print_plan(found, device)
         found.check_disk(destination)
         return
     try:
+        if budget is not None:
+            begun = destination if resume else None
+            config = with_budget(source, config, budget, destination=begun, device=device)
         report = convert_checkpoint(
             source,
             destination,
@@ -111,12 +162,17 @@ def convert(
             shard_size=parse_size(shard_size),
             resume=resume,
             overwrite=overwrite,
+            device=device,
         )
     except KeyboardInterrupt:
         print("stopped; the same command with --resume continues.", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(report)
-    print(f"written: {destination}")
+    if is_first_process():
+        print(report)
+        print(f"written: {destination}")
+
+
+app.command()(recover)
 
 
 @app.command()
@@ -136,6 +192,22 @@ def check(
     print(report)
     if report.changed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint.")],
+    csv: Annotated[Path | None, typer.Option(help="Write it as CSV, a row per weight.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write it as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw errors by layer: .png, .svg.")] = None,
+) -> None:
+    """Print how a checkpoint was made sparse.
+
+    For each weight its errors, the calibration tokens of its experts, and time.
+    """
+    from samoyeds_hf.report_files import report_command
+
+    report_command(directory, csv=csv, json=json, plot=plot)
 
 
 @app.command("export-dense")
@@ -220,44 +292,16 @@ def demo(
         Path | None, typer.Option(help="A dense model of Python text.  [default: bundled]")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 20_000,
+    method: Annotated[str, typer.Option(help="How weights are chosen.")] = "best",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")] = 64,
 ) -> None:
-    """Convert a small trained model, load it and compare.
+    """Prune a small trained model, load it and compare.
 
     Each one is loaded in a fresh process; perplexity is on Python files that it was not trained on.
     """
     from samoyeds_hf.demo import run_demo
 
-    run_demo(pattern, model, max_tokens=tokens)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB" (powers of 1000, as the Hub counts).
-
-    Raises:
-        ConfigError: not a positive number with B, KB, MB, GB or TB.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    num_bytes = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
-    if num_bytes <= 0:
-        raise ConfigError(f"A size is written like '5GB' or '500MB', found {text!r}.")
-    return num_bytes
-
-
-def _config(pattern: str | None, method: str | None, recipe: str | None) -> SamoyedsConfig:
-    from samoyeds_hf.config import SamoyedsConfig
-    from samoyeds_hf.resources import recipe_path
-
-    given: dict[str, Any] = {
-        k: v for k, v in (("pattern", pattern), ("method", method)) if v is not None
-    }
-    if recipe is None:
-        return SamoyedsConfig(**given)
-    if given:
-        raise ConfigError(
-            f"Give --recipe or the single settings, found both --recipe and --{next(iter(given))}; "
-            "put the setting into the recipe."
-        )
-    return SamoyedsConfig.from_recipe(recipe_path(recipe))
+    run_demo(pattern, model, max_tokens=tokens, method=method, samples=samples)
 
 
 if __name__ == "__main__":

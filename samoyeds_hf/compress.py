@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.format import SparseWeight, encode
 from samoyeds_hf.metrics import relative, squared_error
 from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.pruning import METHODS
+from samoyeds_hf.pruning.magnitude import magnitude_mask
 from samoyeds_hf.report import WeightReport
 
 
@@ -48,8 +50,17 @@ def compress_matrix(
     method: str,
     name: str,
 ) -> tuple[SparseWeight, float, float]:
-    """Prune and encode one matrix; also its squared error and squared norm."""
-    mask = METHODS[method](dense, pattern, name)
+    """Prune and encode one matrix; also its squared error and squared norm.
+
+    Raises:
+        CalibrationError: a method that needs data, of which there is none here.
+    """
+    if METHODS[method].needs_calibration:
+        raise CalibrationError(
+            f"Method {method!r} needs calibration data, found none for {name}; convert with "
+            "samoyeds convert --calibration, or patch_model(..., calibration=...)."
+        )
+    mask = magnitude_mask(dense, pattern, name)
     sparse = encode(dense, mask, pattern, name)
     return sparse, *squared_error(dense, sparse, pattern)
 

@@ -15,9 +15,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from samoyeds_hf.errors import ConfigError
 from samoyeds_hf.format import FORMAT_VERSION
 from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.pruning.calibration import Calibration
 
 QUANT_METHOD = "samoyeds"
 MODULE_KINDS = ("experts", "shared_experts")
+RECOVERIES = ("block", "distill")
 DENSE = "dense"
 
 
@@ -30,7 +32,14 @@ class SamoyedsConfig(QuantizationConfigMixin):
 
     Args:
         pattern: ``"N:M:V"`` or ``"2:4"``, or a :class:`SparsityPattern`.
-        method: how the mask is chosen, a name in :data:`samoyeds_hf.pruning.METHODS`.
+        method: how weights are chosen, a name in :data:`samoyeds_hf.pruning.METHODS`.
+        refine: least squares on the chosen weights after the method.
+        asymmetric: prune each layer towards what the dense model makes of the same tokens, so that
+            it makes up for errors of the layers before it; ``best`` always does.
+        recover: training after pruning, with the mask held: ``"block"``, each layer against the
+            dense one, ``"distill"``, the whole model against the dense one, or None.
+        calibration: the text that methods other than magnitude learn from, or a mapping with the
+            fields of :class:`~samoyeds_hf.pruning.calibration.Calibration`.
         modules: what becomes sparse, of ``"experts"`` and ``"shared_experts"``.
         overrides: ``{regex: pattern or "dense"}``. The first regex that matches the whole name of
             a projection (``model.layers.0.mlp.experts.down_proj``) or of its module
@@ -48,6 +57,10 @@ class SamoyedsConfig(QuantizationConfigMixin):
 
     pattern: SparsityPattern
     method: str
+    refine: bool
+    asymmetric: bool
+    recover: str | None
+    calibration: Calibration | None
     modules: tuple[str, ...]
     overrides: Mapping[str, SparsityPattern | None]
     strict: bool
@@ -61,6 +74,10 @@ class SamoyedsConfig(QuantizationConfigMixin):
         overrides: Overrides | None = None,
         strict: bool = True,
         format_version: int = FORMAT_VERSION,
+        refine: bool = False,
+        asymmetric: bool = False,
+        recover: str | None = None,
+        calibration: Calibration | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         method_in_json = unknown.pop("quant_method", QUANT_METHOD)
@@ -76,6 +93,10 @@ class SamoyedsConfig(QuantizationConfigMixin):
             quant_method=QUANT_METHOD,
             pattern=SparsityPattern.parse(pattern),
             method=_check_method(method),
+            refine=_check_bool("refine", refine),
+            asymmetric=_check_bool("asymmetric", asymmetric),
+            recover=_check_recover(recover),
+            calibration=_check_calibration(calibration),
             modules=_check_modules(modules),
             overrides=MappingProxyType(_parse_overrides(overrides or {})),
             strict=_check_bool("strict", strict),
@@ -130,6 +151,10 @@ class SamoyedsConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "pattern": str(self.pattern),
             "method": self.method,
+            "refine": self.refine,
+            "asymmetric": self.asymmetric,
+            "recover": self.recover,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "modules": list(self.modules),
             # NOTE: transformers sorts the keys of config.json, and the first match wins.
             "overrides": [
@@ -141,6 +166,30 @@ class SamoyedsConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
+
+    def replace(self, **changes: Any) -> SamoyedsConfig:
+        """A copy with other values; overrides and calibration are given as to the class."""
+        return SamoyedsConfig(**{**self.to_dict(), **changes})
+
+    def provenance(self) -> dict[str, Any]:
+        """How weights were chosen, as a report says it; data without this machine's paths."""
+        data = None if self.calibration is None else self.calibration.without_path().to_dict()
+        return {
+            "method": self.method,
+            "refine": self.refine,
+            "asymmetric": self.asymmetric,
+            "recover": self.recover,
+            "calibration": data,
+        }
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether weights are chosen, or changed, layer by layer by what data shows."""
+        from samoyeds_hf.pruning import METHODS
+
+        is_trained = self.recover == "block"
+        sees_data = METHODS[self.method].needs_calibration
+        return sees_data or self.refine or self.asymmetric or is_trained
 
     def overrides_for(self, *names: str) -> list[str]:
         """The overrides whose regex matches all of one of the names; the first one wins."""
@@ -163,7 +212,8 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def _unknown_keys_message(unknown: Mapping[str, Any]) -> str:
-    known = ["pattern", "method", "modules", "overrides", "strict", "format_version"]
+    known = ["pattern", "method", "refine", "asymmetric", "recover", "calibration", "modules"]
+    known += ["overrides", "strict", "format_version"]
     hints = [
         f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)
         for key in sorted(unknown)
@@ -188,6 +238,18 @@ def _check_method(method: Any) -> str:
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"method must be one of {sorted(METHODS)}, found {method!r}.")
     return str(method)
+
+
+def _check_recover(recover: Any) -> str | None:
+    if recover is not None and recover not in RECOVERIES:
+        raise ConfigError(f"recover must be one of {list(RECOVERIES)} or null, found {recover!r}.")
+    return None if recover is None else str(recover)
+
+
+def _check_calibration(calibration: Any) -> Calibration | None:
+    if calibration is None or isinstance(calibration, Calibration):
+        return calibration
+    return Calibration.from_dict(calibration)
 
 
 def _check_modules(modules: Any) -> tuple[str, ...]:

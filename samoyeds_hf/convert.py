@@ -7,10 +7,9 @@ renamed; ``conversion.json`` beside the shards records which are done and what t
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import samoyeds_hf
 from samoyeds_hf.card import write_card
 from samoyeds_hf.compress import compress_matrix
 from samoyeds_hf.config import SamoyedsConfig
+from samoyeds_hf.conversion_state import ConversionState
+from samoyeds_hf.convert_layers import (
+    LayerWork,
+    check_calibration,
+    convert_layers,
+    help_convert_layers,
+    hidden_bytes,
+    require_calibration,
+)
 from samoyeds_hf.directory import (
     REPORT_FILE,
-    STATE_FILE,
     check_destination,
     copy_companions,
     growing_directory,
+    partial_of,
+    pruned_of,
 )
 from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES
@@ -35,7 +43,9 @@ from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
 from samoyeds_hf.plan import ConversionPlan, Unit, plan_conversion
 from samoyeds_hf.report import PatchReport, WeightReport
-from samoyeds_hf.shards import ShardSpec, ShardWriter, disk_errors, write_index, write_text
+from samoyeds_hf.report_files import read_report
+from samoyeds_hf.shards import ShardWriter, disk_errors, write_index, write_text
+from samoyeds_hf.skeleton import read_config
 from samoyeds_hf.stored import read_checkpoint
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -50,10 +60,13 @@ def convert_checkpoint(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    device: str | torch.device | None = None,
 ) -> PatchReport:
-    """Prune and encode a checkpoint from disk to disk, one expert at a time.
+    """Prune and encode a checkpoint from disk to disk.
 
-    The result holds the same tensors, byte for byte, as ``patch_model`` and ``save_pretrained``.
+    Without calibration one expert at a time, and on the CPU; the result then holds the same
+    tensors, byte for byte, as ``patch_model`` and ``save_pretrained``. With calibration one decoder
+    layer at a time.
 
     Args:
         source: a model directory with safetensors, or a repository of the Hub.
@@ -63,99 +76,117 @@ def convert_checkpoint(
         resume: continue an interrupted conversion, if there is one.
         overwrite: replace an existing checkpoint, once the new one is complete.
         progress: show a progress bar on stderr.
+        device: where a method with calibration computes; None is the GPU, where there is one.
 
     Raises:
         SamoyedsError: a subclass; nothing that existed before is lost.
     """
     destination = Path(destination)
     config = config or SamoyedsConfig()
+    check_calibration(config)
+    if config.recover == "distill":
+        options = {"shard_size": shard_size, "progress": progress, "device": device}
+        return _convert_and_distill(source, destination, config, resume, overwrite, options)
     plan = plan_conversion(source, config, shard_size)
     check_destination(plan.source, destination, overwrite)
     plan.check_disk(destination)
     if not Path(source).exists():  # only now: a download may take hours
         plan = plan_conversion(resolve_source(source), config, shard_size)
+    work = LayerWork.prepare(plan, device) if config.is_calibrated else None
+    if work is not None:
+        plan = work.settle(plan)
+        plan.check_disk(destination, hidden_bytes(plan, work))
+        if not work.team.leads:
+            help_convert_layers(plan, partial_of(destination), work)
+            work.team.gather(None)  # until the checkpoint is there
+            return read_report(destination)
     with growing_directory(
         plan.source, destination, resume=resume, overwrite=overwrite
     ) as directory:
-        state = _State.open(directory, plan, shard_size)
-        _convert_shards(plan, directory, state, progress)
-        return _finish(plan, directory, str(source), state)
+        more = {} if work is None else {"device": work.device.type}
+        state = ConversionState.open(directory, plan, shard_size, more)
+        _convert_shards(plan, directory, state, work, progress)
+        report = _finish(plan, directory, str(source), state)
+    if work is not None:
+        work.team.gather(None)
+    return report
 
 
-class _State:
-    """Which shards are done, and a fingerprint of what they were made from."""
+def _convert_and_distill(
+    source: str | Path,
+    destination: Path,
+    config: SamoyedsConfig,
+    resume: bool,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> PatchReport:
+    """Prune to ``DST.pruned``, then distill that to DST on the same text."""
+    from samoyeds_hf.recovery import recover_checkpoint
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        self.path = path
-        self.fingerprint = fingerprint
-        self.done: dict[str, list[dict[str, Any]]] = {}  # shard -> its reports
-
-    @classmethod
-    def open(cls, directory: Path, plan: ConversionPlan, shard_size: int) -> _State:
-        """A new state, or the one found, if it is of the same source and settings."""
-        state = cls(directory / STATE_FILE, _fingerprint(plan, shard_size))
-        if not state.path.exists():
-            state.save()
-            return state
-        try:
-            found = json.loads(state.path.read_text(encoding="utf-8"))
-            different = [
-                k for k, v in state.fingerprint.items() if found["fingerprint"].get(k) != v
-            ]
-            state.done = found["done"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{state.path} must say what was converted, found it unreadable ({error!r}); start "
-                "again with --overwrite."
-            ) from error
-        if different:
-            raise CheckpointError(
-                f"--resume must continue the same conversion, found another {different[0]} than in "
-                f"{state.path}; start again with --overwrite."
-            )
-        return state
-
-    def finish(self, shard: ShardSpec, reports: list[WeightReport]) -> None:
-        self.done[shard.file] = [asdict(report) for report in reports]
-        self.save()
-
-    def save(self) -> None:
-        content = {"fingerprint": self.fingerprint, "done": self.done}
-        write_text(self.path, json.dumps(content, indent=1) + "\n")
+    pruned, calibration = pruned_of(destination), require_calibration(config)
+    dense = resolve_source(source)
+    check_destination(dense, destination, overwrite)
+    kept = config.calibration if config.replace(recover=None).is_calibrated else None
+    first = config.replace(recover=None, calibration=None if kept is None else kept.to_dict())
+    if not (resume and _is_pruned_as(pruned, first)):
+        convert_checkpoint(dense, pruned, first, resume=resume, overwrite=overwrite, **options)
+    recover_checkpoint(
+        pruned,
+        dense,
+        destination,
+        calibration,
+        resume=resume,
+        overwrite=overwrite,
+        device=options["device"],
+        progress=options["progress"],
+    )
+    with disk_errors(pruned):
+        shutil.rmtree(pruned)
+    return read_report(destination)
 
 
-def _fingerprint(plan: ConversionPlan, shard_size: int) -> dict[str, Any]:
-    files = sorted({s.file for u in plan.units for v in u.target.sources.values() for s in v})
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(json.dumps(stats).encode())
-    digest.update((plan.source / "config.json").read_bytes())
-    return {
-        "source": digest.hexdigest(),
-        "recipe": plan.config.to_dict(),
-        "shard size": shard_size,
-        "version of samoyeds-hf": samoyeds_hf.__version__,
-    }
+def _is_pruned_as(directory: Path, config: SamoyedsConfig) -> bool:
+    """Whether an earlier run left a whole checkpoint of this configuration."""
+    if not (directory / "config.json").is_file():
+        return False
+    found = SamoyedsConfig.from_dict(read_config(directory)["quantization_config"])
+    if found.calibration is not None:
+        found = found.replace(calibration={**found.calibration.to_dict(), "sha256": None})
+    wanted = config.to_dict() | {"calibration": config.provenance()["calibration"]}
+    if found.to_dict() != wanted:
+        raise CheckpointError(
+            f"--resume must continue the same conversion, found another recipe in {directory}; "
+            "start again with --overwrite."
+        )
+    return True
 
 
-def _convert_shards(plan: ConversionPlan, directory: Path, state: _State, progress: bool) -> None:
-    left = [s for s in plan.shards if s.file not in state.done or not (directory / s.file).exists()]
-    work = {shard.file: plan.units_in(shard) for shard in left}
+def _convert_shards(
+    plan: ConversionPlan,
+    directory: Path,
+    state: ConversionState,
+    work: LayerWork | None,
+    progress: bool,
+) -> None:
+    left = state.left(plan.shards)
     total = plan.bytes_before
     with tqdm(
         total=total,
-        initial=total - sum(unit.num_bytes for units in work.values() for unit in units),
+        initial=total - sum(unit.num_bytes for shard in left for unit in plan.units_in(shard)),
         unit="B",
         unit_scale=True,
         disable=not progress,
         desc="converting",
     ) as bar:
-        for shard in left:
+        if work is not None:
+            convert_layers(plan, directory, state, work, bar)
+        for shard in state.left(plan.shards):
             reports: list[WeightReport] = []
             with ShardWriter(directory, shard) as writer:
-                for unit in work[shard.file]:
+                for unit in plan.units_in(shard):
                     bar.set_postfix_str(unit.target.name.removeprefix("model."), refresh=False)
                     reports += convert_unit(plan, unit, writer, bar)
-            state.finish(shard, reports)
+            state.finish({shard.file: reports})
 
 
 @torch.no_grad()
@@ -210,15 +241,17 @@ def _write_sparse(
     )
 
 
-def _finish(plan: ConversionPlan, directory: Path, source: str, state: _State) -> PatchReport:
+def _finish(
+    plan: ConversionPlan, directory: Path, source: str, state: ConversionState
+) -> PatchReport:
     """Everything beside the shards; the configuration last, it makes the directory loadable."""
     by_name = {
-        entry["name"]: WeightReport(**{**entry, "shape": tuple(entry["shape"])})
+        entry["name"]: WeightReport.from_dict(entry)
         for entries in state.done.values()
         for entry in entries
     }
     ordered = tuple(by_name[name] for name in plan.patterns)
-    report = PatchReport(ordered, plan.selection.skipped, plan.config.method)
+    report = PatchReport(ordered, plan.selection.skipped, **plan.config.provenance())
     write_index(directory, plan.shards)
     found = {name: (t.dtype, t.shape) for name, t in read_checkpoint(directory).items()}
     wanted = {t.name: (t.dtype, t.shape) for shard in plan.shards for t in shard.tensors}

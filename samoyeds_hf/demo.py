@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _PROMPTS = ("def __init__(self", "import os\n")
 _NEW_TOKENS = 40
+METHOD = "best"
+SAMPLES = 64  # sequences of calibration ...
+_LENGTH = 512  # ... of so many tokens
 
 # What a user's program does: nothing of this package is imported before the model is loaded.
 _FRESH_PROCESS = """\
@@ -36,10 +39,18 @@ measure(model, tokenizer, int(sys.argv[2]))
 """
 
 
-def run_demo(pattern: str, model: Path | None = None, *, max_tokens: int = 20_000) -> None:
+def run_demo(
+    pattern: str,
+    model: Path | None = None,
+    *,
+    max_tokens: int = 20_000,
+    method: str = METHOD,
+    samples: int = SAMPLES,
+) -> None:
     """Print perplexity, size and a few generated lines: dense, 2:4, and ``pattern``.
 
-    Perplexity is on files of the standard library that the model was not trained on, see
+    Pruned by ``method`` on ``samples`` sequences of Python code. Perplexity is on files of
+    the standard library that the model was not trained on, see
     :func:`samoyeds_hf.corpus.python_files`.
 
     Raises:
@@ -52,7 +63,8 @@ def run_demo(pattern: str, model: Path | None = None, *, max_tokens: int = 20_00
         for name in patterns:
             directories[name] = Path(folder) / name.replace(":", "-")
             start = time.perf_counter()
-            convert_checkpoint(dense, directories[name], SamoyedsConfig(name), progress=False)
+            config = demo_config(name, method, samples)
+            convert_checkpoint(dense, directories[name], config, progress=False)
             print(f"converted to {name} in {time.perf_counter() - start:.1f} s")
         results = {}
         for name, directory in directories.items():
@@ -65,6 +77,14 @@ def run_demo(pattern: str, model: Path | None = None, *, max_tokens: int = 20_00
             print(result["samples"][prompt_index])
     print()
     print(_table(results, sizes))
+
+
+def demo_config(pattern: str, method: str = METHOD, samples: int = SAMPLES) -> SamoyedsConfig:
+    """How the demo prunes: calibrated on files that perplexity is not measured on."""
+    if method == "magnitude":
+        return SamoyedsConfig(pattern)
+    calibration = {"data": "python-stdlib", "samples": samples, "sequence_length": _LENGTH}
+    return SamoyedsConfig(pattern, method, calibration=calibration)
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:

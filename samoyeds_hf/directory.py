@@ -28,6 +28,11 @@ def partial_of(destination: Path) -> Path:
     return _beside(destination, ".partial")
 
 
+def pruned_of(destination: Path) -> Path:
+    """Where a checkpoint waits that is pruned and still to be distilled."""
+    return _beside(destination, ".pruned")
+
+
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     """Refuse to write over anything but a checkpoint that the user gave up.
 

@@ -25,6 +25,10 @@ class CheckpointError(SamoyedsError):
     """A checkpoint that is incomplete, damaged, already quantised, or not what was asked for."""
 
 
+class CalibrationError(SamoyedsError):
+    """Calibration data that is missing or cannot be used: wrong shape, too little, not finite."""
+
+
 class EvaluationError(SamoyedsError):
     """An evaluation that cannot run: unknown task, missing extra, unusable model."""
 

@@ -20,7 +20,12 @@ from samoyeds_hf.checkpoint import check_dense, check_sparse
 from samoyeds_hf.compress import compress
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
 from samoyeds_hf.environment import announce_path
-from samoyeds_hf.errors import CheckpointError, SamoyedsError, UnsupportedModelError
+from samoyeds_hf.errors import (
+    CalibrationError,
+    CheckpointError,
+    SamoyedsError,
+    UnsupportedModelError,
+)
 from samoyeds_hf.experts import SparseModule, build_sparse, pack_model
 from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.models import FUSED
@@ -50,7 +55,8 @@ class SamoyedsHfQuantizer(HfQuantizer):
     def report(self) -> PatchReport:
         """What was pruned while loading; empty for a checkpoint that was already sparse."""
         skipped = self.selection.skipped if self.selection else ()
-        return PatchReport(tuple(self.reports), skipped, self.quantization_config.method)
+        provenance = self.quantization_config.provenance()
+        return PatchReport(tuple(self.reports), skipped, **provenance)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to prune while offloading to disk: dense weights would be written there."""
@@ -74,6 +80,7 @@ class SamoyedsHfQuantizer(HfQuantizer):
         selection = select(model, self.quantization_config)
         files = [Path(file) for file in checkpoint_files or ()]
         if not self.pre_quantized:
+            _refuse_calibrated(self.quantization_config)
             check_dense(model, files, set(selection.targets))
         for assignment in selection.assignments:
             dense = model.get_submodule(assignment.site.name)
@@ -217,6 +224,17 @@ def _with_companions(plan: dict[str, str]) -> dict[str, str]:
         for key, style in plan.items()
         for suffix in (SUFFIXES if style == _EXPERT_SHARDING else ("",))
     }
+
+
+def _refuse_calibrated(config: SamoyedsConfig) -> None:
+    """While weights are loaded there is no model yet that data could go through."""
+    if config.is_calibrated or config.recover is not None or config.calibration is not None:
+        raise CalibrationError(
+            f"Pruning while loading sees no data, found method {config.method!r}, which needs "
+            "some, or recovery, or data that is named; convert the checkpoint with 'samoyeds "
+            "convert --calibration', or load the dense model and call patch_model(..., "
+            "calibration=...)."
+        )
 
 
 def _refuse_tensor_parallel(model: PreTrainedModel) -> None:

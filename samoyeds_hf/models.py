@@ -97,6 +97,12 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
+def reads_intermediate(weight: str) -> bool:
+    """Whether a weight, by full name, is the second product of its expert: down_proj or w2."""
+    parts = weight.split(".")
+    return parts[-1 if parts[-1] != "weight" else -2] in {layout[-1] for layout in _MLP_LAYOUTS}
+
+
 def _looks_like_experts(module: nn.Module) -> bool:
     """Weights of three dimensions by an expert's name, or in a class that says so."""
     stacked = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() == 3]

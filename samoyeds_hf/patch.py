@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,16 @@ from torch import nn
 
 from samoyeds_hf.compress import compress, matrices_of
 from samoyeds_hf.config import SamoyedsConfig
-from samoyeds_hf.errors import ConfigError, UnsupportedModelError
+from samoyeds_hf.errors import CalibrationError, ConfigError, UnsupportedModelError
 from samoyeds_hf.experts import SparseModule, build_sparse
-from samoyeds_hf.format import VALUE_DTYPES
+from samoyeds_hf.format import VALUE_DTYPES, SparseWeight
 from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.resources import recipe_path
 from samoyeds_hf.selection import Assignment, select
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def patch_model(
@@ -28,19 +29,25 @@ def patch_model(
     *,
     config: SamoyedsConfig | str | Path | None = None,
     strict: bool | None = None,
+    calibration: torch.Tensor | PreTrainedTokenizerBase | None = None,
 ) -> PatchReport:
     """Prune and encode the experts of a loaded model in place, one weight at a time.
 
     Afterwards ``generate`` and ``save_pretrained`` work as before; a saved model loads with
-    ``from_pretrained``. Everything is checked before the first module is replaced.
+    ``from_pretrained``. Everything is checked before the first module is replaced. With a method
+    that looks at data it goes layer by layer; should data turn out unusable on the way (an input
+    that is not finite), the layers before are sparse already.
 
     Args:
         model: a model of transformers with its weights in memory, on any device.
         pattern: shortcut for ``SamoyedsConfig(pattern)``; the default is "1:2:64".
         config: all settings, or a recipe: a YAML file, or the name of a bundled one.
         strict: overrides ``config.strict``.
+        calibration: for methods other than magnitude: tokens ``[N, S]`` int64 without padding, or
+            the model's tokenizer, to read what ``config.calibration`` names.
 
     Raises:
+        CalibrationError: a method that needs data without any, or data that cannot be used.
         ConfigError: both pattern and config, or an override that matches nothing.
         PatternError: a weight that the pattern does not divide.
         UnsupportedModelError: no MoE layer, an unsupported one, an already quantised model, or
@@ -54,15 +61,21 @@ def patch_model(
         config = SamoyedsConfig.from_recipe(recipe_path(config))
     if strict is not None:
         config = SamoyedsConfig(**{**config.to_dict(), "strict": strict})
+    _check_calibration(config, calibration)
     _check_patchable(model)
     selection = select(model, config)
     for name in selection.targets:
         _check_weight(name, model.get_parameter(name))
-    reports: list[WeightReport] = []
-    for assignment in selection.assignments:
-        reports += _make_sparse(model, assignment, config.method)
+    if config.is_calibrated:
+        from samoyeds_hf.patch_layers import patch_calibrated
+
+        reports, config = patch_calibrated(model, selection, config, calibration)
+    else:
+        reports = []
+        for assignment in selection.assignments:
+            reports += _make_sparse(model, assignment, config.method)
     _mark_quantized(model, config)
-    return PatchReport(tuple(reports), selection.skipped, config.method)
+    return PatchReport(tuple(reports), selection.skipped, **config.provenance())
 
 
 def unpatch_model(model: PreTrainedModel) -> None:
@@ -97,16 +110,40 @@ def unpatch_model(model: PreTrainedModel) -> None:
 def _make_sparse(model: nn.Module, assignment: Assignment, method: str) -> list[WeightReport]:
     """Put the sparse module in place of one dense module."""
     dense, reports = model.get_submodule(assignment.site.name), []
-    sparse = build_sparse(dense, assignment.patterns)
-    for weight, assigned in assignment.patterns.items():
+    stored = {}
+    for weight, pattern in assignment.patterns.items():
         name = f"{assignment.site.name}.{weight}"
-        stored, report = compress(dense.get_parameter(weight), assigned, method, name)
-        sparse.store(weight, stored)
+        stored[weight], report = compress(dense.get_parameter(weight), pattern, method, name)
         reports.append(report)
-    _replace(model, assignment.site.name, sparse)
     del dense  # its weights are freed before packing needs memory
-    sparse.pack_()
+    put_sparse(model, assignment, stored)
     return reports
+
+
+def put_sparse(
+    model: nn.Module, assignment: Assignment, stored: Mapping[str, SparseWeight]
+) -> None:
+    """Put a sparse module with these weights in place of the dense one."""
+    name = assignment.site.name
+    sparse = build_sparse(model.get_submodule(name), assignment.patterns)
+    for weight, tensors in stored.items():
+        sparse.store(weight, tensors)
+    _replace(model, name, sparse)
+    sparse.pack_()
+
+
+def _check_calibration(config: SamoyedsConfig, calibration: object) -> None:
+    """Refuse data that nothing would look at, and training that needs more than one model."""
+    if config.recover == "distill":
+        raise ConfigError(
+            "patch_model prunes one model, found recover='distill', which needs the dense one "
+            "beside it; use 'samoyeds convert --recover distill' or 'samoyeds recover'."
+        )
+    if not config.is_calibrated and (calibration is not None or config.calibration is not None):
+        raise CalibrationError(
+            f"Calibration data goes with a method that looks at it, found {config.method!r}, which "
+            "does not; choose another method, or leave the data out."
+        )
 
 
 def _check_patchable(model: Any) -> None:

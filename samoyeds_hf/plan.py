@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SUFFIXES, VALUE_DTYPES, stored_shapes
 from samoyeds_hf.hub import open_source
 from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.report import format_bytes, format_table
 from samoyeds_hf.selection import Selection, select
 from samoyeds_hf.shards import ShardSpec, TensorSpec, plan_shards
@@ -141,8 +143,8 @@ class ConversionPlan:
             )
         return "\n".join(text)
 
-    def check_disk(self, destination: Path) -> None:
-        """Refuse if the output does not fit on the disk of ``destination``.
+    def check_disk(self, destination: Path, more: int = 0) -> None:
+        """Refuse if the output, and ``more`` bytes, do not fit on the disk of ``destination``.
 
         What an earlier run left of these shards is taken over, or deleted first.
 
@@ -159,9 +161,9 @@ class ConversionPlan:
         while not parent.exists():
             parent = parent.parent
         free += shutil.disk_usage(parent).free
-        if free < self.disk_need:
+        if free < self.disk_need + more:
             raise CheckpointError(
-                f"{destination} needs {format_bytes(self.disk_need)} of disk, found "
+                f"{destination} needs {format_bytes(self.disk_need + more)} of disk, found "
                 f"{format_bytes(free)} free; make room or choose another disk."
             )
 
@@ -200,6 +202,9 @@ def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int)
         if (unit := _plan_unit(target, model, dtypes, tied)) is not None
     )
     patterns = selection.targets
+    breaks: set[int] = set()
+    if config.is_calibrated:
+        units, breaks = _by_layer(units, Decoder.find(model, patterns))
     # A unit is written at once, so what it makes lies in one shard.
     groups = [
         [out for spec in unit.outputs.values() for out in outputs_of(spec, patterns)]
@@ -212,9 +217,24 @@ def plan_conversion(source: str | Path, config: SamoyedsConfig, shard_size: int)
         model=model,
         selection=selection,
         units=units,
-        shards=tuple(plan_shards(groups, shard_size)),
+        shards=tuple(plan_shards(groups, shard_size, breaks)),
         unused=tuple(sources.unused),
     )
+
+
+def _by_layer(units: Sequence[Unit], decoder: Decoder) -> tuple[tuple[Unit, ...], set[int]]:
+    """Units in the order in which layers are pruned, and where layers begin: each has own shards.
+
+    A layer is then written, and done, before the next one is read.
+    """
+
+    def layer_of(unit: Unit) -> int:
+        index = decoder.layer_of(next(iter(unit.outputs)))
+        return -1 if index is None else index
+
+    ordered = tuple(sorted(units, key=layer_of))
+    layers = [layer_of(unit) for unit in ordered]
+    return ordered, {i for i in range(1, len(layers)) if layers[i] != layers[i - 1]}
 
 
 def outputs_of(spec: TensorSpec, patterns: dict[str, SparsityPattern]) -> list[TensorSpec]:

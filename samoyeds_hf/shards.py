@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +72,20 @@ class ShardSpec:
         return head, {name: start + offset for name, offset in offsets.items()}
 
 
-def plan_shards(groups: Sequence[Sequence[TensorSpec]], max_bytes: int) -> list[ShardSpec]:
-    """Fill shards in order; a group (the parts of one weight) stays together, however large."""
+def plan_shards(
+    groups: Sequence[Sequence[TensorSpec]],
+    max_bytes: int,
+    breaks: Container[int] = (),
+) -> list[ShardSpec]:
+    """Fill shards in order; a group (the parts of one weight) stays together, however large.
+
+    Groups whose positions are in ``breaks`` begin a shard of their own.
+    """
     shards: list[list[TensorSpec]] = [[]]
     room = max_bytes
-    for group in groups:
+    for position, group in enumerate(groups):
         size = sum(tensor.num_bytes for tensor in group)
-        if size > room and shards[-1]:
+        if (size > room or position in breaks) and shards[-1]:
             shards.append([])
             room = max_bytes
         shards[-1].extend(group)

@@ -78,6 +78,23 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: transformers has no class for it.
     """
+    with torch.device("meta"):
+        return _build(config, dtype)
+
+
+def hollow_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The same with buffers in memory: what is computed from the configuration, not loaded.
+
+    Raises:
+        UnsupportedModelError: transformers has no class for it.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return _build(config, dtype).eval()
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
     architecture = (config.architectures or [None])[0]
@@ -90,6 +107,5 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
                 "code is not run."
             )
         model_class = mapping[type(config)]
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     return model

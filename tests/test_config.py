@@ -16,6 +16,7 @@ import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig, SparsityPattern
 from samoyeds_hf.errors import ConfigError, PatternError, SamoyedsError
 from samoyeds_hf.format import FORMAT_VERSION, stored_shapes
+from samoyeds_hf.pruning.calibration import Calibration
 
 FULL = {
     "pattern": "4:8:32",
@@ -24,6 +25,16 @@ FULL = {
     "overrides": {r"model\.layers\.0\..*": "dense", ".*down_proj": "2:4", ".*": "1:2:128"},
     "strict": False,
     "format_version": 1,
+    "refine": True,
+    "asymmetric": True,
+    "recover": "block",
+    "calibration": {
+        "data": "texts/novels.txt",
+        "samples": 64,
+        "sequence_length": 512,
+        "seed": 3,
+        "sha256": "0123456789abcdef" * 4,
+    },
 }
 
 
@@ -115,6 +126,16 @@ def test_defaults():
     assert config.strict is True
     assert config.format_version == FORMAT_VERSION
     assert config.quant_method == "samoyeds"
+    assert (config.refine, config.asymmetric, config.recover) == (False, False, None)
+    assert config.calibration is None
+    assert not config.is_calibrated
+
+
+def test_a_configuration_from_before_calibration():
+    stored = SamoyedsConfig("4:8:32", overrides={"a": "dense"}).to_dict()
+    for key in ("refine", "asymmetric", "recover", "calibration"):
+        del stored[key]
+    assert SamoyedsConfig.from_dict(stored) == SamoyedsConfig("4:8:32", overrides={"a": "dense"})
 
 
 def test_values_are_normalised():
@@ -187,6 +208,11 @@ def test_equality_tells_all_fields_apart():
         "modules": ["experts"],
         "overrides": dict(reversed(FULL["overrides"].items())),
         "strict": True,
+        "method": "admm",
+        "refine": False,
+        "asymmetric": False,
+        "recover": None,
+        "calibration": {**FULL["calibration"], "samples": 65},
     }
     configs = [
         SamoyedsConfig(**FULL),
@@ -232,7 +258,26 @@ def test_first_matching_override_wins():
         ({"format_version": 0}, "a positive integer, found 0"),
         ({"format_version": "1"}, "a positive integer, found '1'"),
         ({"format_version": True}, "a positive integer, found True"),
-        ({"method": "wander"}, "method must be one of ['magnitude'], found 'wander'"),
+        (
+            {"method": "wander"},
+            "method must be one of ['admm', 'best', 'magnitude', 'sparsegpt', 'wanda'], found "
+            "'wander'",
+        ),
+        ({"refine": "yes"}, "refine must be true or false, found 'yes'"),
+        ({"refine": None}, "refine must be true or false, found None"),
+        ({"asymmetric": 1}, "asymmetric must be true or false, found 1"),
+        ({"recover": "blocks"}, "one of ['block', 'distill'] or null, found 'blocks'"),
+        ({"recover": True}, "one of ['block', 'distill'] or null, found True"),
+        ({"recover": ["block"]}, "or null, found ['block']"),
+        ({"calibrate": {"data": "a"}}, "found 'calibrate' (did you mean 'calibration'?); remove"),
+        ({"calibration": "a.txt"}, "calibration must be a mapping with the key 'data', found"),
+        ({"calibration": {}}, "must say which data to read, found no key 'data'"),
+        ({"calibration": {"data": ""}}, "calibration data must be a file, a directory"),
+        (
+            {"calibration": {"data": "a", "sample": 4}},
+            "found 'sample' (did you mean 'samples'?); remove it",
+        ),
+        ({"calibration": {"data": "a", "samples": 0}}, "samples must be a whole number, 1 or"),
         ({"method": ["magnitude"]}, "found ['magnitude']"),
         ({"method": None}, "found None"),
         ({"modules": []}, "must be some of ['experts', 'shared_experts'], found []"),
@@ -265,6 +310,52 @@ def test_refuses_pattern(arguments):
         SamoyedsConfig(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_calibrated"),
+    [
+        ({"method": "magnitude"}, False),
+        ({"method": "magnitude", "refine": True}, True),
+        ({"method": "magnitude", "asymmetric": True}, True),
+        ({"method": "magnitude", "recover": "block"}, True),
+        ({"method": "magnitude", "recover": "distill"}, False),  # a training of its own, afterwards
+        *(({"method": method}, True) for method in ("wanda", "sparsegpt", "admm", "best")),
+    ],
+)
+def test_which_settings_look_at_data(arguments, is_calibrated):
+    assert SamoyedsConfig(**arguments).is_calibrated is is_calibrated
+
+
+def test_calibration_is_a_mapping_or_an_object():
+    given = {"data": "a.txt", "samples": 4}
+    config = SamoyedsConfig(method="wanda", calibration=given)
+    assert config.calibration == Calibration("a.txt", 4)
+    assert config == SamoyedsConfig(method="wanda", calibration=Calibration("a.txt", 4))
+    given["samples"] = 5
+    assert config.calibration.samples == 4
+
+
+def test_replace_makes_a_copy_with_other_values():
+    config = SamoyedsConfig(**FULL)
+    other = config.replace(pattern="2:4", calibration=None)
+    assert other == SamoyedsConfig(**{**FULL, "pattern": "2:4", "calibration": None})
+    assert list(other.overrides.items()) == list(config.overrides.items())
+    assert config == SamoyedsConfig(**FULL)
+    with pytest.raises(ConfigError, match="did you mean 'method'"):
+        config.replace(methods="wanda")
+
+
+def test_provenance_names_no_directory():
+    found = SamoyedsConfig(**FULL).provenance()
+    assert found == {
+        "method": "magnitude",
+        "refine": True,
+        "asymmetric": True,
+        "recover": "block",
+        "calibration": {**FULL["calibration"], "data": "novels.txt"},
+    }
+    assert SamoyedsConfig().provenance()["calibration"] is None
+
+
 def test_unused_arguments_go_back():
     """The protocol of transformers: what belongs to from_pretrained is handed back."""
     config, rest = SamoyedsConfig.from_dict({}, return_unused_kwargs=True, dtype="auto")
@@ -280,6 +371,9 @@ def test_recipe(tmp_path):
     path.write_text(
         "pattern: '4:8:32'\nmodules: [experts, shared_experts]\nstrict: false\n"
         "overrides:\n  model\\.layers\\.0\\..*: dense\n  .*down_proj: '2:4'\n  .*: 1:2:128\n"
+        "refine: true\nasymmetric: true\nrecover: block\n"
+        "calibration:\n  data: texts/novels.txt\n  samples: 64\n  sequence_length: 512\n  seed: 3\n"
+        f"  sha256: '{FULL['calibration']['sha256']}'\n"
     )
     config = SamoyedsConfig.from_recipe(path)
     assert config == SamoyedsConfig(**FULL)
@@ -296,6 +390,10 @@ def test_recipe(tmp_path):
         ("pattern:", PatternError, "found None"),
         ("patterns: '2:4'", ConfigError, "did you mean 'pattern'"),
         ("1: 2", ConfigError, "found '1'"),
+        ("calibration: a.txt", ConfigError, "a mapping with the key 'data', found 'a.txt'"),
+        ("calibration: {samples: 4}", ConfigError, "found no key 'data'"),
+        ("calibration: {data: a, samples: 4.5}", ConfigError, "whole number, 1 or more, found"),
+        ("recover: yes", ConfigError, "or null, found True"),
     ],
 )
 def test_refuses_recipe(tmp_path, text, error, message):

@@ -275,7 +275,7 @@ def test_model_card(furnished: Path, tmp_path: Path) -> None:
     assert "samoyeds" in card["tags"]
     assert "The source's own card" not in body
     assert "import samoyeds_hf" in body
-    assert "**1:2:32** (25% of the weights are kept) with the method `magnitude`" in body
+    assert "**1:2:32** (25.0% of the weights are kept) with the method `magnitude`" in body
     assert f"{report.error:.4f} on average" in body
 
 

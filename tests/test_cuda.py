@@ -9,7 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import samoyeds_hf
 from samoyeds_hf.format import decode, encode, validate
-from samoyeds_hf.pruning import METHODS
+from samoyeds_hf.pruning.magnitude import magnitude_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,8 +40,8 @@ def tiny(dtype: torch.dtype = torch.float32) -> MixtralForCausalLM:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_encoding_on_the_gpu_gives_the_bytes_of_the_cpu(dtype: torch.dtype) -> None:
     weight = torch.randn(3, 64, 128).to(dtype)
-    mask = METHODS["magnitude"](weight, PATTERN, "w")
-    mask_gpu = METHODS["magnitude"](weight.cuda(), PATTERN, "w")
+    mask = magnitude_mask(weight, PATTERN, "w")
+    mask_gpu = magnitude_mask(weight.cuda(), PATTERN, "w")
     assert torch.equal(mask, mask_gpu.cpu())
     stored, stored_gpu = encode(weight, mask, PATTERN), encode(weight.cuda(), mask_gpu, PATTERN)
     validate(stored_gpu, PATTERN, weight.shape)

@@ -15,7 +15,7 @@ from checkpoints import convert
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from samoyeds_hf import SamoyedsConfig, demo, resources
+from samoyeds_hf import demo, resources
 from samoyeds_hf.cli import app
 from samoyeds_hf.corpus import perplexity, python_files, read_texts
 from samoyeds_hf.report import format_bytes
@@ -23,6 +23,9 @@ from samoyeds_hf.report import format_bytes
 REPOSITORY = Path(__file__).parent.parent
 TINY_MOE = REPOSITORY / "tests" / "assets" / "tiny-moe"
 TOKENS = 1024
+SAMPLES = 12
+METHOD = "wanda"  # the default takes minutes on one core
+SHORT = ["demo", "--tokens", str(TOKENS), "--samples", str(SAMPLES), "--method", METHOD]
 PROMPTS = ("def __init__(self", "import os\n")
 
 
@@ -54,7 +57,7 @@ def table(out: str) -> dict[str, tuple[str, float, int, float]]:
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("demo")
-    done = run_demo("--tokens", TOKENS, cwd=folder)
+    done = run_demo(*SHORT[1:], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert list(folder.iterdir()) == []  # it cleans up
     return done.stdout
@@ -65,7 +68,7 @@ def measured(pattern: str | None, folder: Path) -> tuple[str, float, int, float]
     directory = TINY_MOE
     if pattern is not None:
         directory = folder / pattern.replace(":", "-")
-        convert(TINY_MOE, directory, SamoyedsConfig(pattern))
+        convert(TINY_MOE, directory, demo.demo_config(pattern, METHOD, SAMPLES))
     model = AutoModelForCausalLM.from_pretrained(directory)
     texts = read_texts(python_files("heldout"))
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -87,6 +90,11 @@ def test_the_table_is_measured(printed: str, tmp_path: Path) -> None:
         # Another process may round otherwise in the last bits of bf16.
         assert row[3] == pytest.approx(expected[3], rel=0.01)
     assert rows["dense"][3] < rows["2:4"][3] < rows["1:2:64"][3]
+
+
+def test_it_shows_the_best_method() -> None:
+    config = demo.demo_config("2:4")
+    assert (config.method, config.calibration.samples) == ("best", 64)
 
 
 def test_text_before_and_after(printed: str) -> None:
@@ -121,7 +129,7 @@ def test_another_pattern_gives_other_numbers(
         return {"perplexity": 1.0, "samples": ["", ""], "sparse_modules": 0}
 
     monkeypatch.setattr(demo, "_in_fresh_process", only_the_pattern)
-    done = CliRunner().invoke(app, ["demo", "--tokens", str(TOKENS), "--pattern", "1:4:32"])
+    done = CliRunner().invoke(app, [*SHORT, "--pattern", "1:4:32"])
     assert done.exit_code == 0, done.output
     before, rows = table(printed), table(done.stdout)
     assert list(rows) == ["dense", "2:4", "1:4:32"]
@@ -132,19 +140,26 @@ def test_another_pattern_gives_other_numbers(
     assert value != before["1:2:64"][3]
 
 
-def test_a_model_without_tokenizer(
+def test_a_process_that_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails in the fresh process is reported as a sentence, not as a traceback."""
+    monkeypatch.setattr(demo, "_FRESH_PROCESS", "raise RuntimeError('no such thing.')")
+    monkeypatch.setattr(demo, "convert_checkpoint", lambda *_, **__: None)
+    with pytest.raises(demo.SamoyedsError, match="must load in a fresh process") as info:
+        demo.run_demo("2:4", TINY_MOE, max_tokens=TOKENS)
+    assert "\n" not in str(info.value)
+    assert "Traceback" not in str(info.value)
+    assert "RuntimeError: no such thing;" in str(info.value)
+    assert "loading dense" in capsys.readouterr().out
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     for file in TINY_MOE.iterdir():
         if not file.name.startswith("tokenizer"):
             shutil.copy(file, tmp_path)
-    monkeypatch.setattr(demo, "_PROMPTS", ())
-    with pytest.raises(demo.SamoyedsError, match="must load in a fresh process") as info:
+    with pytest.raises(demo.SamoyedsError, match="Calibration needs the model's tokenizer"):
         demo.run_demo("2:4", tmp_path, max_tokens=TOKENS)
-    assert "\n" not in str(info.value)
-    assert "Traceback" not in str(info.value)
-    assert "loading dense" in capsys.readouterr().out
 
 
 def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

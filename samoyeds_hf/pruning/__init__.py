@@ -1,19 +1,16 @@
-"""Methods that choose which weights stay. A method returns a mask that is exactly the pattern."""
+"""Methods that choose which weights stay, and the moments of the data that guide them."""
 
-from __future__ import annotations
+from samoyeds_hf.pruning.methods import METHODS, Method, prune_experts
+from samoyeds_hf.pruning.moments import Hessian, SecondMoments
+from samoyeds_hf.pruning.problem import PatternLike
+from samoyeds_hf.pruning.result import Pruned
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from samoyeds_hf.pruning.magnitude import magnitude_mask
-
-if TYPE_CHECKING:
-    import torch
-
-    from samoyeds_hf.pattern import SparsityPattern
-
-    # (weight [..., m, k], pattern, name) -> mask [..., m, k] bool
-    Method = Callable[[torch.Tensor, SparsityPattern, str], torch.Tensor]
-
-METHODS: dict[str, Method] = {"magnitude": magnitude_mask}
-"""Data-free methods by name: each maps (weight, pattern, name) to a mask, expert by expert."""
+__all__ = [
+    "METHODS",
+    "Hessian",
+    "Method",
+    "PatternLike",
+    "Pruned",
+    "SecondMoments",
+    "prune_experts",
+]

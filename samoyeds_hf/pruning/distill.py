@@ -1,0 +1,295 @@
+"""Distillation: a pruned model learns the logits of its dense original, its masks held.
+
+KL divergence to the teacher on every position of every sequence (Hinton et al. 2015, arXiv
+1503.02531); AdamW on fp32 masters of the surviving weights, linear warmup, then cosine. Each model
+computes in the dtype that it has: load both in bf16 for a GPU and in fp32 for a CPU.
+
+Bytes a weight, in bf16 with a share d kept: 2 for the teacher, 2 for the student and 20 d for what
+is trained (see :mod:`samoyeds_hf.pruning.masters`), so 9 at d = 1/4; what is frozen takes 4, what
+is trained whole (``train="all"``) 20. On top come the dense gradient of one weight, and for
+``micro_batch_size`` sequences the activations, the hidden states after each layer twice and the
+logits three times.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+import samoyeds_hf
+from samoyeds_hf.errors import CalibrationError, ConfigError
+from samoyeds_hf.pruning.losses import divergence, hidden_error
+from samoyeds_hf.pruning.masters import Masters, make_optimizer
+from samoyeds_hf.pruning.training import (
+    Log,
+    check_count,
+    check_number,
+    check_tokens,
+    digest,
+    load_state,
+    pick,
+    save_state,
+    schedule,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINED = ("experts", "all")
+_MAX_NORM = 1.0  # of a step's gradient
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a pruned model is distilled.
+
+    Args:
+        steps: of the optimizer.
+        batch_size: sequences of a step.
+        learning_rate: the peak, for weights with 1024 inputs; see :meth:`Masters.step`.
+        warmup: share of the steps in which the learning rate rises.
+        temperature: of both softmaxes.
+        hidden_weight: of the error of the hidden states after each layer (relative to each token,
+            averaged over layers) beside the KL; 0 does without it.
+        train: "experts", the masked weights alone; or "all", also the router, norms, attention,
+            embeddings and dense experts.
+        micro_batch_size: sequences at a time, for memory; None is all of a step's.
+        seed: of the order of the sequences.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    temperature: float = 1.0
+    hidden_weight: float = 1.0
+    train: str = "experts"
+    micro_batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        if self.micro_batch_size is not None:
+            check_count("micro_batch_size", self.micro_batch_size)
+        check_number("learning_rate", self.learning_rate, 0, 1)
+        check_number("warmup", self.warmup, 0, 1, or_low=True)
+        check_number("temperature", self.temperature, 0, math.inf)
+        check_number("hidden_weight", self.hidden_weight, 0, math.inf, or_low=True)
+        check_count("seed", self.seed, 0)
+        if self.train not in TRAINED:
+            raise ConfigError(f"train must be one of {list(TRAINED)}, found {self.train!r}.")
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a distillation did; losses are KL a position, in nats."""
+
+    steps: int
+    first: float  # mean loss of the first tenth of the steps
+    last: float  # mean loss of the last tenth
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"distilled in {self.steps} steps, {self.seconds:.0f} s: KL to the dense model "
+            f"{self.first:.4f} -> {self.last:.4f} nats a token"
+        )
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: torch.Tensor,  # [N, S] int64
+    masks: Mapping[str, torch.Tensor],  # bool, of the shapes of the student's weights of that name
+    settings: DistillSettings | None = None,
+    *,
+    state: Path | None = None,
+    log: Log | None = None,
+    save_minutes: float = 5.0,
+    progress: bool = False,
+) -> DistillReport:
+    """Train a pruned model in place towards its dense original.
+
+    Both run in eval mode, without dropout. Epochs over the sequences are in fresh random order.
+    Afterwards the student holds the masters, rounded to its dtype; outside the masks it is 0.
+
+    Args:
+        student: dense modules with pruned weights, bf16 or fp32.
+        teacher: the dense model; it is not changed.
+        tokens: sequences without padding.
+        masks: of the weights that stay pruned, by full name.
+        settings: how; None is the default.
+        state: file from which an interrupted run goes on and in which it is kept. On a CPU a run
+            that goes on gives the same bits as one that was not interrupted.
+        log: is told of each step: step, loss (KL a position), hidden_error, learning_rate,
+            gradient_norm, seconds.
+        save_minutes: between two states.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        CalibrationError: tokens, masks or models that do not go together, or a loss that is not
+            finite.
+        CheckpointError: a state of another run, or one that cannot be read or written.
+    """
+    settings = settings or DistillSettings()
+    check_tokens(tokens, student.config.get_text_config().vocab_size)
+    modes = [(model, model.training) for model in (student, teacher)]
+    try:
+        for model, _ in modes:
+            model.eval()
+        run = _Run(student, teacher, tokens, masks, settings)
+        run.train(state, log, save_minutes, progress)
+    finally:
+        for model, mode in modes:
+            model.train(mode)
+    tenth = max(1, settings.steps // 10)
+    first, last = (sum(part) / tenth for part in (run.losses[:tenth], run.losses[-tenth:]))
+    return DistillReport(settings.steps, first, last, run.seconds)
+
+
+class _Run:
+    """One distillation: models, masters, optimizer, and the losses of the steps done."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        tokens: torch.Tensor,
+        masks: Mapping[str, torch.Tensor],
+        settings: DistillSettings,
+    ) -> None:
+        self.student, self.teacher, self.tokens = student, teacher, tokens
+        self.settings = settings
+        weights = {
+            name: weight
+            for name, weight in student.named_parameters()
+            if name in masks or (settings.train == "all" and weight.is_floating_point())
+        }
+        if unknown := sorted(set(masks) - set(weights)):
+            raise CalibrationError(
+                f"Every mask must be of a weight of the student, found one of {unknown[0]}; take "
+                "the names of the dense model's parameters."
+            )
+        if not weights:
+            raise CalibrationError(
+                "Distillation needs weights to train, found no mask; pass masks."
+            )
+        self.masters = Masters(weights, masks)
+        self.optimizer = make_optimizer(self.masters)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def train(
+        self, state: Path | None, log: Log | None, save_minutes: float, progress: bool
+    ) -> None:
+        """Do the steps that are left."""
+        fingerprint = {} if state is None else self._fingerprint()
+        if state is not None:
+            self._load(load_state(state, fingerprint))
+        steps, saved = self.settings.steps, time.monotonic()
+        with (
+            self.masters.attached(self.student),
+            tqdm(
+                total=steps, initial=len(self.losses), desc="distilling", disable=not progress
+            ) as bar,
+        ):
+            while len(self.losses) < steps:
+                row = self._step()
+                if log is not None:
+                    log(row)
+                bar.set_postfix_str(f"KL {row['loss']:.4f}", refresh=False)
+                bar.update()
+                is_due = time.monotonic() - saved >= 60 * save_minutes
+                if state is not None and (is_due or len(self.losses) == steps):
+                    self._save(state, fingerprint)
+                    saved = time.monotonic()
+
+    def _step(self) -> dict[str, float]:
+        settings, number, start = self.settings, len(self.losses), time.monotonic()
+        rate = settings.learning_rate * schedule(number, settings.steps, settings.warmup)
+        rows = pick(number, settings.batch_size, len(self.tokens), settings.seed)
+        parts = rows.split(settings.micro_batch_size or settings.batch_size)
+        losses = [self._backward(self.tokens[part]) for part in parts]
+        loss, hidden = (sum(column) for column in zip(*losses, strict=True))
+        norm = self.masters.step(self.optimizer, rate, _MAX_NORM)
+        if not math.isfinite(loss + hidden + norm):
+            raise CalibrationError(
+                f"The loss of distillation must be finite, found {loss} with a gradient of {norm} "
+                f"in step {number}; lower the learning rate."
+            )
+        self.losses.append(loss)
+        self.seconds += time.monotonic() - start
+        return {
+            "step": number,
+            "loss": loss,
+            "hidden_error": hidden,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "seconds": self.seconds,
+        }
+
+    def _backward(self, tokens: torch.Tensor) -> tuple[float, float]:
+        """Add the gradients of some sequences ``[B, S]``; their part of the step's losses."""
+        positions = self.settings.batch_size * tokens.shape[1]
+        weight = self.settings.hidden_weight
+        with torch.no_grad():
+            dense = self._outputs(self.teacher, tokens)
+        pruned = self._outputs(self.student, tokens)
+        logits = pruned.logits  # [B, S, vocabulary]
+        target = dense.logits.to(logits.device)
+        loss = divergence(logits, target, self.settings.temperature) / positions
+        hidden = torch.zeros_like(loss)
+        if weight:  # the first is the embedding
+            hidden = hidden_error(pruned.hidden_states[1:], dense.hidden_states[1:]) / positions
+        (loss + weight * hidden).backward()
+        return float(loss.detach()), float(hidden.detach())
+
+    def _outputs(self, model: PreTrainedModel, tokens: torch.Tensor) -> Any:
+        has_states = self.settings.hidden_weight > 0
+        outputs = model(
+            input_ids=tokens.to(model.device), use_cache=False, output_hidden_states=has_states
+        )
+        if has_states and not getattr(outputs, "hidden_states", None):
+            raise CalibrationError(
+                "hidden_weight needs a model that gives its hidden states, found none from "
+                f"{type(model).__name__}; set it to 0."
+            )
+        return outputs
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {
+            "settings": asdict(self.settings),
+            "tokens": digest({"tokens": self.tokens}),
+            "student": digest(dict(self.student.named_parameters())),
+            "masks": self.masters.digest_places(),
+            "teacher": digest(dict(self.teacher.named_parameters())),
+            "version of samoyeds-hf": samoyeds_hf.__version__,
+        }
+
+    def _save(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        content = {
+            "fingerprint": dict(fingerprint),
+            "masters": {name: master.detach() for name, master in self.masters.values.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+        save_state(path, content)
+
+    def _load(self, content: Mapping[str, Any] | None) -> None:
+        if content is not None:
+            self.masters.load(content["masters"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.losses, self.seconds = list(content["losses"]), float(content["seconds"])

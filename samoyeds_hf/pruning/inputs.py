@@ -1,0 +1,133 @@
+"""What reaches the expert weights of one layer: caught by hooks, summed to second moments.
+
+Experts are fused modules, so hooks on Linears see nothing of them. Here the experts module's own
+arguments are kept (tokens and routing, once a layer), and moments are summed from those for any
+group of experts, at any time: a layer with more moments than memory is done group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from samoyeds_hf.pruning.moments import SecondMoments
+
+
+@dataclass
+class Routed:
+    """Tokens that reached an experts module, batch by batch, in host memory."""
+
+    hidden: list[torch.Tensor] = field(default_factory=list)  # [T, H] each
+    index: list[torch.Tensor] = field(default_factory=list)  # [T, K] each, int64
+    weights: list[torch.Tensor] = field(default_factory=list)  # [T, K] each
+
+    def catch(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook ``with_kwargs``: keep what experts are called with."""
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        given = [*args, *(kwargs[name] for name in names[len(args) :])]
+        for kept, tensor in zip((self.hidden, self.index, self.weights), given, strict=True):
+            kept.append(to_host(tensor.detach().reshape(-1, tensor.shape[-1])))
+
+    def by_expert(
+        self, experts: range, device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """``(expert, tokens [t, H], router weights [t])`` for each batch and expert with tokens."""
+        for hidden, index, weights in zip(self.hidden, self.index, self.weights, strict=True):
+            x, choice = hidden.to(device, non_blocking=True), index.to(device)
+            flat, order = choice.reshape(-1).sort(stable=True)
+            bounds = torch.tensor([*experts, experts.stop], device=device)
+            edges = torch.searchsorted(flat, bounds).tolist()  # one wait for a batch
+            routing = weights.to(device).reshape(-1)
+            for expert, start, stop in zip(experts, edges, edges[1:], strict=False):
+                if stop > start:
+                    chosen = order[start:stop]
+                    yield expert, x[chosen // index.shape[1]], routing[chosen]
+
+    def beside(
+        self, dense: Routed, experts: range, device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The same with what each token brings in the dense model ``[t, H]`` as the third."""
+        there = Routed(dense.hidden, self.index, self.weights)
+        pairs = zip(self.by_expert(experts, device), there.by_expert(experts, device), strict=True)
+        for (expert, x, weights), (_, z, _) in pairs:
+            yield expert, x, z, weights
+
+
+def gate_up_moments(
+    routed: Routed,
+    experts: range,
+    width: int,  # H
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> SecondMoments:
+    """Second moments ``[len(experts), H, H]`` of the inputs of gate and up."""
+    moments = SecondMoments(len(experts), width, dtype=dtype, device=device)
+    for expert, x, weights in routed.by_expert(experts, device):
+        moments.add(expert - experts.start, x, weights)
+    return moments
+
+
+def layer_moments(
+    routed: Routed, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The mean of ``g^2 x x^T`` over all tokens and choices ``[H, H]``: all experts as one."""
+    moments = SecondMoments(1, width, dtype=dtype, device=device)
+    for hidden, weights in zip(routed.hidden, routed.weights, strict=True):
+        # sum over the choices of (g x)(g x)^T is (|g| x)(|g| x)^T
+        length = weights.to(device).float().square().sum(dim=-1).sqrt()
+        moments.add(0, hidden.to(device, non_blocking=True), length)
+    choices = sum(index.numel() for index in routed.index)
+    return moments.sums[0] / max(1, choices)
+
+
+def down_moments(
+    routed: Routed,
+    module: nn.Module,  # the experts, their gate and up already pruned
+    experts: range,
+    dtype: torch.dtype = torch.float32,
+) -> SecondMoments:
+    """Second moments ``[len(experts), I, I]`` of the inputs of down."""
+    gate_up = module.get_parameter("gate_up_proj")  # [E, 2I, H]
+    moments = SecondMoments(
+        len(experts), gate_up.shape[1] // 2, shared_inputs=False, dtype=dtype, device=gate_up.device
+    )
+    for expert, x, weights in routed.by_expert(experts, gate_up.device):
+        moments.add(expert - experts.start, inner_of(module, x, gate_up[expert]), weights)
+    return moments
+
+
+def inner_of(module: nn.Module, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """What an expert's down gets for tokens ``[t, H]``: ``[t, I]``."""
+    both = functional.linear(x.to(gate_up.dtype), gate_up)
+    inner: torch.Tensor = module._apply_gate(both)  # type: ignore[operator]  # every module has it
+    return inner
+
+
+@dataclass
+class LinearInputs:
+    """Second moments of one Linear's inputs, summed by a hook."""
+
+    moments: SecondMoments
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype = torch.float32) -> LinearInputs:
+        """Empty moments ``[1, K, K]`` on the Linear's device."""
+        device = linear.weight.device
+        return cls(SecondMoments(1, linear.in_features, dtype=dtype, device=device))
+
+    def catch(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        self.moments.add(0, args[0].reshape(-1, args[0].shape[-1]))
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned where it comes from a GPU so that it travels fast."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)

@@ -1,0 +1,245 @@
+"""Orders of the intermediate dimension: free at run time, and some suit a pattern better.
+
+A neuron is a gate row, an up row and a down column; an expert computes the same whatever the
+order of its neurons. In gate and up a pattern drops M - N of M neighbouring rows in each V-chunk,
+which costs least where rows that need the same chunks are no neighbours. In down it keeps 2 of 4
+neighbouring columns, and Sub-Rows of V of them, which costs least where columns that matter to the
+same rows lie together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from samoyeds_hf.errors import PatternError
+from samoyeds_hf.pattern import GROUP
+
+if TYPE_CHECKING:
+    from samoyeds_hf.pattern import SparsityPattern
+    from samoyeds_hf.pruning.moments import Hessian
+
+TRIES = 64  # swaps that are tried for each neuron
+_LEAST = 16  # regions shorter than this are tried as if they were as long
+_LEAST_GAIN = 1e-7  # of all that there is to keep; below it is rounding
+
+
+@dataclass(frozen=True)
+class Down:
+    """What the order of neurons means to down."""
+
+    weight: torch.Tensor  # [E, H, I]
+    pattern: SparsityPattern
+    squares: torch.Tensor  # [E, I]  mean square of each of its inputs, before gate and up change
+
+
+def pairing(
+    gate_up: torch.Tensor,  # [E, 2I, H]
+    pattern: SparsityPattern,
+    hessian: Hessian,
+    *,
+    down: Down | None = None,
+    tries: int = TRIES,
+    seed: int = 0,
+) -> torch.Tensor:
+    """An order of the neurons of each expert that suits the patterns, ``[E, I]`` int64.
+
+    Raises the sum, over gate and up together and over down, of the share that a mask by Wanda's
+    scores keeps. A local search from the order that is there: regions of neighbouring neurons
+    are paired at random, each pair tries to swap one neuron of each. For 2:4 in down it is the
+    channel permutation of Pool and Yu (2021). The identity where no order is better than another.
+
+    Args:
+        gate_up: gate rows, then up rows.
+        pattern: of gate and up.
+        hessian: of their inputs; only its diagonal is read.
+        down: the other half of the expert; without it only gate and up are looked at.
+        tries: of each neuron; more gain little.
+        seed: of the tries. They are the same on every device.
+
+    Raises:
+        PatternError: a pattern does not divide its shape, or shapes do not belong together.
+    """
+    experts, rows, k = gate_up.shape
+    neurons = rows // 2
+    pattern.check_fits(rows, k, "gate_up")
+    order = torch.arange(neurons, device=gate_up.device).repeat(experts, 1)
+    sides: list[_Side] = []
+    if down is not None:
+        if down.weight.shape[::2] != (experts, neurons):
+            raise PatternError(
+                f"down must be [{experts}, H, {neurons}], found {list(down.weight.shape)}."
+            )
+        down.pattern.check_fits(down.weight.shape[1], neurons, "down")
+        sides.append(_Columns(down))
+    if pattern.n < pattern.m and rows % 2 == 0 and neurons % pattern.m == 0:
+        both = math.lcm(pattern.m, *(side.region for side in sides))
+        if neurons % both == 0:
+            sides.append(_Rows(gate_up, hessian.diagonal, pattern))
+    region = math.lcm(*(side.region for side in sides))
+    if sides and neurons // region > 1:
+        _search(order, sides, region, tries, seed)
+    return order
+
+
+def permute_intermediate(
+    gate_up: torch.Tensor,  # [E, 2I, H]
+    down: torch.Tensor,  # [E, H, I]
+    order: torch.Tensor,  # [E, I]  int64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both weights with the neurons in that order; the experts compute what they did.
+
+    Raises:
+        PatternError: shapes that do not belong together, or an order that is no permutation.
+    """
+    experts, neurons = order.shape
+    if gate_up.shape[:2] != (experts, 2 * neurons) or down.shape[::2] != (experts, neurons):
+        raise PatternError(
+            f"An order [{experts}, {neurons}] needs gate_up [{experts}, {2 * neurons}, H] and "
+            f"down [{experts}, H, {neurons}], found {list(gate_up.shape)} and {list(down.shape)}."
+        )
+    identity = torch.arange(neurons, device=order.device).expand(experts, -1)
+    if not torch.equal(order.sort(dim=1).values, identity):
+        raise PatternError("An order of neurons must name each once, found one that does not.")
+    rows = torch.cat((order, order + neurons), dim=1)  # gate, then up
+    columns = order.unsqueeze(1).expand(-1, down.shape[1], -1)
+    return (
+        gate_up.gather(1, rows.unsqueeze(-1).expand(-1, -1, gate_up.shape[2])),
+        down.gather(2, columns),
+    )
+
+
+class _Side(Protocol):
+    """A weight whose kept share depends on the order of neurons."""
+
+    region: int  # swaps between different regions of so many neurons do not meet
+
+    def gain(
+        self,
+        order: torch.Tensor,  # [E, I]
+        tried: torch.Tensor,  # [E, I]  the same with a neuron of each pair swapped
+        places: torch.Tensor,  # [2, P]  which
+    ) -> torch.Tensor:
+        """How much more of all there is each swap keeps, ``[E, P]``."""
+
+    def take(self, accepted: torch.Tensor) -> None:
+        """Remember the swaps just tried that were accepted, ``[E, P]`` bool."""
+
+
+def _search(
+    order: torch.Tensor,  # [E, I]  changed in place
+    sides: list[_Side],
+    region: int,
+    tries: int,
+    seed: int,
+) -> None:
+    """Try swaps at random and keep those that gain."""
+    rng = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers for every device
+    regions = order.shape[1] // region
+    half = regions // 2
+    for _ in range(tries * max(region, _LEAST)):
+        pairs = torch.randperm(regions, generator=rng)[: 2 * half].view(2, half)
+        inside = torch.randint(region, (2, half), generator=rng)
+        places = (pairs * region + inside).to(order.device)
+        swapped = order[:, places.flip(0)]  # [E, 2, P]
+        tried = order.clone()
+        tried[:, places] = swapped
+        gain = torch.stack([side.gain(order, tried, places) for side in sides]).sum(dim=0)
+        accepted = gain > _LEAST_GAIN
+        order[:, places] = torch.where(accepted.unsqueeze(1), swapped, order[:, places])
+        for side in sides:
+            side.take(accepted)
+
+
+class _Rows:
+    """Gate and up: neurons of one block of M rows compete for each V-chunk."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,  # [E, 2I, H]
+        diagonal: torch.Tensor,  # [E, H]
+        pattern: SparsityPattern,
+    ) -> None:
+        self.pattern, self.region = pattern, pattern.m
+        profiles = []
+        for own, squares in zip(weight, diagonal, strict=True):
+            score = own.to(squares.dtype).square().mul_(squares).view(*own.shape[:1], -1, GROUP)
+            best = _two_best(score.unbind(dim=-1))  # [2I, H/4]
+            chunks = best.view(len(own), own.shape[1] // pattern.sub_row(own.shape[1]), -1)
+            profiles.append(torch.cat(chunks.sum(dim=-1).chunk(2), dim=1) / score.sum())
+        self.profile = torch.stack(profiles)  # [E, I, 2 H/V]  what 2:4 keeps of a neuron
+        self.number = torch.arange(len(profiles), device=weight.device).view(-1, 1, 1, 1)
+
+    def gain(self, order: torch.Tensor, tried: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        blocks = (places // self.region).unsqueeze(-1) * self.region
+        members = blocks + torch.arange(self.region, device=order.device)  # [2, P, M]
+        then, now = (
+            _most(self.profile[self.number, which[:, members]], self.pattern, dim=-2).sum(dim=-1)
+            for which in (order, tried)
+        )  # [E, 2, P]
+        return (now - then).sum(dim=1)
+
+    def take(self, accepted: torch.Tensor) -> None:
+        """Nothing to remember: profiles are looked up by neuron."""
+
+
+class _Columns:
+    """Down: columns of one group compete in each row, and rows of one block for each V-chunk."""
+
+    def __init__(self, down: Down) -> None:
+        self.pattern = down.pattern
+        experts, rows, neurons = down.weight.shape
+        self.region = GROUP
+        if down.pattern.n < down.pattern.m:
+            self.region = down.pattern.sub_row(neurons)
+        scores = []
+        for own, squares in zip(down.weight, down.squares, strict=True):
+            score = own.to(squares.dtype).square().mul_(squares)  # [H, I]
+            scores.append((score / score.sum()).T.contiguous())
+        self.score = torch.stack(scores)  # [E, I, H]
+        # what 2:4 keeps of each row in each region, ``[E, I/V, H]``
+        regions = self.score.view(experts, neurons // self.region, -1, GROUP, rows)
+        self.kept = _two_best(regions.unbind(dim=-2)).sum(dim=2)
+        self.number = torch.arange(experts, device=down.weight.device).view(-1, 1, 1, 1)
+
+    def gain(self, order: torch.Tensor, tried: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        groups = (places // GROUP).unsqueeze(-1) * GROUP
+        members = groups + torch.arange(GROUP, device=order.device)  # [2, P, 4]
+        then, now = (
+            _two_best(self.score[self.number, which[:, members]].unbind(dim=-2))
+            for which in (order, tried)
+        )  # [E, 2, P, H]
+        self.regions = places // self.region
+        self.before = self.kept[:, self.regions]
+        self.after = self.before - then + now
+        return (self._total(self.after) - self._total(self.before)).sum(dim=1)
+
+    def take(self, accepted: torch.Tensor) -> None:
+        wide = accepted[:, None, :, None]
+        self.kept[:, self.regions] = torch.where(wide, self.after, self.before)
+
+    def _total(self, kept: torch.Tensor) -> torch.Tensor:
+        """What stays of regions ``[..., H]`` when rows are dropped."""
+        if self.pattern.n == self.pattern.m:
+            return kept.sum(dim=-1)
+        blocks = kept.view(*kept.shape[:-1], -1, self.pattern.m)
+        return _most(blocks, self.pattern, dim=-1).sum(dim=-1)
+
+
+def _most(x: torch.Tensor, pattern: SparsityPattern, dim: int) -> torch.Tensor:
+    """The sum of the N largest of M along a dimension."""
+    if pattern.n == 1:
+        return x.amax(dim=dim)
+    return x.topk(pattern.n, dim=dim).values.sum(dim=dim)
+
+
+def _two_best(four: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sum of the two largest of four tensors, elementwise."""
+    a, b, c, d = four
+    high_ab, high_cd = torch.maximum(a, b), torch.maximum(c, d)
+    low = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    second = torch.maximum(torch.minimum(high_ab, high_cd), low)
+    return torch.maximum(high_ab, high_cd).add_(second)

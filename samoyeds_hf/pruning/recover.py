@@ -1,0 +1,154 @@
+"""Recovery of one decoder layer: its surviving expert weights learn the dense layer's output.
+
+Adam on fp32 masters of what the masks keep, towards given outputs, on given inputs: the layer alone
+runs, so it fits where pruning fits. Bytes a weight beside the layer's own: 20 times the share kept
+(see :mod:`samoyeds_hf.pruning.masters`) and 4 more for what was there before, and the dense
+gradient of one weight at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from samoyeds_hf.errors import CalibrationError
+from samoyeds_hf.pruning.losses import relative_errors
+from samoyeds_hf.pruning.masters import Masters, make_optimizer
+from samoyeds_hf.pruning.training import (
+    Log,
+    check_count,
+    check_number,
+    pick,
+    schedule,
+)
+
+_MAX_NORM = 1.0  # of a step's gradient
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How a layer is recovered.
+
+    Args:
+        steps: of the optimizer, each on one batch.
+        learning_rate: the peak, for weights with 1024 inputs; see :meth:`Masters.step`.
+        warmup: share of the steps in which the learning rate rises.
+        held_back: share of the batches, at least one, that only measure.
+        seed: of the order of the batches.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    held_back: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_number("learning_rate", self.learning_rate, 0, 1)
+        check_number("warmup", self.warmup, 0, 1, or_low=True)
+        check_number("held_back", self.held_back, 0, 1, or_low=True)
+        check_count("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What a recovery did: the relative squared error on the batches held back."""
+
+    first: float  # before
+    last: float  # after; what is kept is never worse than before
+    kept: bool  # whether the trained weights were better, and are in the layer
+    seconds: float
+
+
+def recover_block(
+    layer: nn.Module,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    inputs: Sequence[torch.Tensor],  # batches [B, S, H]
+    targets: Sequence[torch.Tensor],  # batches [B, S, H]
+    weights: Mapping[str, tuple[nn.Parameter, torch.Tensor]],
+    settings: BlockSettings | None = None,
+    log: Log | None = None,
+) -> BlockReport:
+    """Train the pruned weights of a layer in place, their masks held.
+
+    The loss is the squared error of a token's output relative to the square of its target, averaged
+    over tokens: the next layer normalises each token, and a few tokens are far larger than the
+    others. The better of before and after on the batches held back stays in the layer.
+
+    Args:
+        layer: in eval mode, pruned, in bf16 or fp32.
+        run: the layer's output for one batch of inputs, on the layer's device.
+        inputs: what the layer gets in the pruned model; may be on the CPU.
+        targets: what it should make of them.
+        weights: parameters of the layer to train and their masks (bool), by name.
+        settings: how; None is the default.
+        log: is told of each step: step, loss, learning_rate.
+
+    Raises:
+        CalibrationError: fewer than two batches, as many inputs as targets, weights that cannot be
+            trained, or a loss that is not finite.
+    """
+    start, settings = time.monotonic(), settings or BlockSettings()
+    if len(inputs) != len(targets) or len(inputs) < 2 or not weights:
+        raise CalibrationError(
+            "Recovery of a layer needs weights, and two batches or more with a target each, found "
+            f"{len(weights)} weights, {len(inputs)} batches and {len(targets)} targets; give more "
+            "sequences, or smaller batches."
+        )
+    count = len(inputs) - max(1, round(settings.held_back * len(inputs)))
+    masters = Masters(
+        {name: weight for name, (weight, _) in weights.items()},
+        {name: mask for name, (_, mask) in weights.items()},
+    )
+    device = next(iter(masters.weights.values())).device
+
+    def loss_of(number: int) -> torch.Tensor:
+        target = targets[number].to(device, non_blocking=True)
+        return relative_errors(run(inputs[number].to(device, non_blocking=True)), target).mean()
+
+    @torch.no_grad()
+    def measure() -> float:
+        held = range(count, len(inputs))
+        return sum(float(loss_of(number)) for number in held) / len(held)
+
+    before = measure()
+    untrained = {name: master.detach().clone() for name, master in masters.values.items()}
+    with masters.attached(layer):
+        _train(masters, loss_of, count, settings, log)
+    after = measure()
+    if kept := after < before:  # not where it is NaN
+        return BlockReport(before, after, kept, time.monotonic() - start)
+    masters.load(untrained)
+    return BlockReport(before, before, kept, time.monotonic() - start)
+
+
+def _train(
+    masters: Masters,
+    loss_of: Callable[[int], torch.Tensor],
+    count: int,
+    settings: BlockSettings,
+    log: Log | None,
+) -> None:
+    optimizer = make_optimizer(masters)
+    for step in range(settings.steps):
+        rate = settings.learning_rate * schedule(step, settings.steps, settings.warmup)
+        loss = loss_of(int(pick(step, 1, count, settings.seed)))
+        loss.backward()
+        masters.step(optimizer, rate, _MAX_NORM)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"The loss of a layer must be finite, found {value} in step {step}; lower the "
+                "learning rate."
+            )
+        if log is not None:
+            log({"step": step, "loss": value, "learning_rate": rate})

@@ -1,0 +1,589 @@
+"""Distillation: against plain loops, masks held, killed and resumed, refused with a sentence."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import refused
+from helpers import random_mask
+from tiny_models import (
+    BY_NAME,
+    MIXTRAL,
+    PATTERN,
+    VOCAB,
+    Family,
+    make_toy,
+    masked_twin,
+    same_state,
+    tokens,
+)
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from samoyeds_hf import SamoyedsConfig, SparsityPattern, encode, patch_model, unpatch_model
+from samoyeds_hf.errors import CalibrationError, CheckpointError, ConfigError
+from samoyeds_hf.pruning import losses as losses_module
+from samoyeds_hf.pruning import training as training_module
+from samoyeds_hf.pruning.distill import DistillReport, DistillSettings, distill
+from samoyeds_hf.pruning.losses import divergence
+from samoyeds_hf.pruning.masks import kept_mask, kept_masks
+from samoyeds_hf.pruning.masters import UNPRUNED, WIDTH, Masters, make_optimizer
+from samoyeds_hf.pruning.training import CsvLog, pick, schedule
+
+TEXT = tokens(batch=10, length=12)
+FAST = DistillSettings(steps=6, batch_size=4, learning_rate=1e-3)
+BOTH = SamoyedsConfig(PATTERN, modules=("experts", "shared_experts"))
+
+
+def pruned(
+    dense: PreTrainedModel, config: SamoyedsConfig = BOTH
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A pruned copy of dense modules, and its masks as stored."""
+    student = copy.deepcopy(dense)
+    patch_model(student, config=config)
+    masks = kept_masks(student)
+    unpatch_model(student)
+    return student, masks
+
+
+def mixtral() -> tuple[PreTrainedModel, PreTrainedModel, dict[str, torch.Tensor]]:
+    """Student, teacher, masks."""
+    dense = MIXTRAL.make()
+    return pruned(dense)[0], dense, pruned(dense)[1]
+
+
+def assert_held(student: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    for name, mask in masks.items():
+        weight = student.get_parameter(name)
+        assert not weight[~mask].count_nonzero(), name
+        assert weight[mask].count_nonzero() == mask.sum(), name
+
+
+# --- masks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1:2:8", "4:8:16", "3:4:8", "2:4"])
+@pytest.mark.parametrize("shape", [(3, 16, 32), (16, 32)], ids=["experts", "matrix"])
+def test_masks_are_those_that_were_encoded(text: str, shape: tuple[int, ...]) -> None:
+    """Also where kept values are 0, of which half are here."""
+    pattern, rng = SparsityPattern.parse(text), torch.Generator().manual_seed(0)
+    mask = random_mask(shape, pattern, rng)
+    weight = torch.randn(shape, generator=rng).relu()
+    assert (weight[mask] == 0).any()
+    assert torch.equal(kept_mask(encode(weight, mask, pattern), pattern), mask)
+
+
+def test_masks_of_a_model_have_the_names_of_dense_weights() -> None:
+    dense = BY_NAME["qwen2_moe"].make()
+    student, masks = pruned(dense)
+    shared = "model.layers.0.mlp.shared_expert.down_proj.weight"
+    assert {"model.layers.1.mlp.experts.gate_up_proj", shared} <= set(masks)
+    for name, mask in masks.items():
+        expected = torch.where(mask, dense.get_parameter(name), 0)
+        assert torch.equal(student.get_parameter(name), expected)
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])  # a position, some, all
+def test_divergence_and_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int
+) -> None:
+    monkeypatch.setattr(losses_module, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    student = (3 * torch.randn(2, 5, 17)).requires_grad_()
+    teacher = 3 * torch.randn(2, 5, 17)
+    (3 * divergence(student, teacher, temperature)).backward()
+    twin = student.detach().double().requires_grad_()
+    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (twin, teacher.double()))
+    expected = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    (3 * temperature**2 * expected).backward()
+    found = divergence(student, teacher, temperature)
+    torch.testing.assert_close(found, (expected * temperature**2).float())
+    torch.testing.assert_close(student.grad, twin.grad.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_divergence_of_equal_logits_is_zero() -> None:
+    logits = torch.randn(3, 7, requires_grad=True)
+    loss = divergence(logits, logits)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.count_nonzero()
+
+
+# --- schedule, order, log -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 300])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
+def test_schedule_rises_and_falls(steps: int, warmup: float) -> None:
+    rates = [schedule(step, steps, warmup) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if steps == 300:
+        assert max(rates) > 0.99
+        assert rates[-1] < 0.001
+        assert abs(top / steps - warmup) < 0.01
+
+
+def test_every_epoch_takes_each_row_once() -> None:
+    taken = torch.cat([pick(step, 4, 10, seed=3) for step in range(5)]).view(2, 10)
+    assert taken.sort(dim=1).values.tolist() == [list(range(10))] * 2
+    assert taken[0].tolist() != taken[1].tolist()
+    assert pick(0, 10, 10, seed=4).tolist() != taken[0].tolist()
+    assert pick(1, 25, 10, seed=3).shape == (25,)  # a batch of more than two epochs
+
+
+def test_a_log_goes_on_before_the_step_that_comes_again(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "log.csv")
+    for step in range(4):
+        log({"step": step, "loss": 1 / (step + 1)})
+    CsvLog(tmp_path / "log.csv")({"step": 2, "loss": 0.5})
+    expected = "step,loss\n0,1\n1,0.5\n2,0.5\n"
+    assert (tmp_path / "log.csv").read_text() == expected
+    CsvLog(tmp_path / "log.csv")({"step": 0, "loss": 2.0})
+    assert (tmp_path / "log.csv").read_text() == "step,loss\n0,2\n"
+
+
+# --- masters ------------------------------------------------------------------------------------
+
+
+def test_masters_take_the_gradients_of_what_is_kept() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    mask = torch.rand(8, 16) < 0.5
+    masters = Masters({"weight": layer.weight}, {"weight": mask})
+    assert_held(layer, {"weight": mask})
+    twin = copy.deepcopy(layer)
+    layer.bias.requires_grad_(False)
+    layer.weight.requires_grad_(False)
+    with torch.no_grad(), masters.attached(layer):
+        for _ in range(2):  # two parts of a batch
+            layer(torch.ones(3, 16)).square().sum().backward()
+            twin(torch.ones(3, 16)).square().sum().backward()
+    torch.testing.assert_close(masters.values["weight"].grad, twin.weight.grad[mask])
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+    assert not layer.weight.requires_grad
+
+
+def test_masters_keep_what_bf16_would_lose() -> None:
+    weight = nn.Parameter(torch.ones(1, 8, dtype=torch.bfloat16))
+    mask = torch.arange(8).view(1, 8) % 2 == 0
+    layer = nn.ParameterDict({"weight": weight})
+    masters = Masters({"weight": weight}, {"weight": mask})
+    optimizer = make_optimizer(masters)
+    with masters.attached(layer):
+        for _ in range(100):
+            weight.float().sum().backward()
+            # A step of 1e-4 at 8 inputs is below half a unit of bf16 at 1.
+            masters.step(optimizer, 1e-4 * 8 / WIDTH, max_norm=10.0)
+    torch.testing.assert_close(masters.values["weight"], torch.full((4,), 0.99))
+    assert weight.tolist() == [[0.98828125, 0.0] * 4]  # the nearest in bf16
+
+
+def test_wider_and_unpruned_weights_take_smaller_steps() -> None:
+    weights = {str(width): nn.Parameter(torch.ones(4, width)) for width in (8, 32)}
+    weights |= {"bias": nn.Parameter(torch.ones(4)), "whole": nn.Parameter(torch.ones(4, 8))}
+    masks = {name: torch.ones(4, int(name), dtype=torch.bool) for name in ("8", "32")}
+    masters = Masters(weights, masks)
+    optimizer = make_optimizer(masters)
+    with masters.attached(nn.ParameterDict(weights)):
+        sum(weight.sum() for weight in weights.values()).backward()
+        norm = masters.step(optimizer, 1e-3, max_norm=1.0)
+    assert norm == pytest.approx(math.sqrt(4 * 8 + 4 * 32 + 4 + 4 * 8))
+    steps = {name: float(1 - weight.detach().mean()) for name, weight in weights.items()}
+    narrow, wide = 1e-3 * WIDTH / 8, 1e-3 * WIDTH / 32
+    expected = {"8": narrow, "32": wide, "bias": wide * UNPRUNED, "whole": narrow * UNPRUNED}
+    assert steps == pytest.approx(expected, rel=1e-3)
+
+
+# --- distillation -------------------------------------------------------------------------------
+
+
+def loop_distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    masks: Mapping[str, torch.Tensor],
+    settings: DistillSettings,
+) -> list[float]:
+    """The same with dense masters, a mask on each gradient and weight, and torch's own loss."""
+    student.requires_grad_(False)
+    weights = {name: student.get_parameter(name).requires_grad_() for name in masks}
+    optimizer = torch.optim.AdamW(
+        [{"params": [w], "k": w.shape[-1]} for w in weights.values()],
+        betas=(0.9, 0.95),
+        weight_decay=0,
+    )
+    losses = []
+    for step in range(settings.steps):
+        ids = TEXT[pick(step, settings.batch_size, len(TEXT), settings.seed)]
+        with torch.no_grad():
+            dense = teacher(ids, use_cache=False, output_hidden_states=True)
+        sparse = student(ids, use_cache=False, output_hidden_states=True)
+        log_q, log_p = (out.logits.log_softmax(-1).flatten(0, 1) for out in (sparse, dense))
+        loss = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        errors = [
+            ((q - p).square().sum(-1) / p.square().sum(-1)).mean()
+            for q, p in list(zip(sparse.hidden_states, dense.hidden_states, strict=True))[1:]
+        ]
+        (loss + settings.hidden_weight * sum(errors) / 2).backward()  # two layers
+        for name, weight in weights.items():
+            weight.grad *= masks[name]
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        rate = settings.learning_rate * schedule(step, settings.steps, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 1024 / group["k"]
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight *= masks[name]
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize(("micro_batch_size", "hidden_weight"), [(None, 0.0), (3, 0.0), (3, 2.0)])
+def test_distill_is_the_plain_loop(micro_batch_size: int | None, hidden_weight: float) -> None:
+    student, teacher, masks = mixtral()
+    twin = copy.deepcopy(student)
+    rows: list[Mapping[str, float]] = []
+    settings = DistillSettings(
+        steps=5,
+        batch_size=4,
+        learning_rate=3e-4,
+        micro_batch_size=micro_batch_size,
+        hidden_weight=hidden_weight,
+    )
+    report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
+    losses = loop_distill(twin, teacher, masks, settings)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert (report.first, report.last) == pytest.approx((losses[0], losses[-1]), rel=1e-4)
+    assert [row["step"] for row in rows] == list(range(5))
+    for name in masks:
+        found, expected = student.get_parameter(name), twin.get_parameter(name)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_families(name: str, dtype: torch.dtype) -> None:
+    """The loss falls, the masks hold, and nothing else moves: not the teacher, not a flag."""
+    teacher = BY_NAME[name].make(dtype)
+    student, masks = pruned(teacher)
+    before, original = copy.deepcopy(student), copy.deepcopy(teacher)
+    student.train()
+    flags = {n: p.requires_grad for n, p in student.named_parameters()}
+    settings = DistillSettings(steps=12, batch_size=10, learning_rate=1e-3)
+    report = distill(student, teacher, TEXT, masks, settings)
+    assert report.last < 0.8 * report.first
+    assert_held(student, masks)
+    assert same_state(teacher, original)
+    assert student.training
+    assert not teacher.training
+    assert flags == {n: p.requires_grad for n, p in student.named_parameters()}
+    assert all(p.grad is None for model in (student, teacher) for p in model.parameters())
+    for n, parameter in student.named_parameters():
+        assert parameter.dtype == before.get_parameter(n).dtype
+        assert torch.equal(parameter, before.get_parameter(n)) == (n not in masks), n
+
+
+def test_experts_in_a_list() -> None:
+    teacher = make_toy()
+    config = SamoyedsConfig(PATTERN, modules=("experts", "shared_experts"), strict=False)
+    student, masks = pruned(teacher, config)
+    alone = DistillSettings(steps=6, batch_size=4, hidden_weight=0)
+    report = distill(student, teacher, TEXT, masks, alone)
+    assert len(masks) == 2 * 3 * 4
+    assert report.last < report.first
+    assert_held(student, masks)
+    call = lambda: distill(student, teacher, TEXT, masks, FAST)  # noqa: E731
+    refused(CalibrationError, "hidden states", "ToyModel", call=call)
+
+
+def test_training_all_weights_keeps_ties_and_masks() -> None:
+    settings = {**MIXTRAL.settings, "tie_word_embeddings": True}
+    teacher = Family("tied", "Mixtral", settings).make()
+    student, masks = pruned(teacher)
+    before = copy.deepcopy(student)
+    report = distill(student, teacher, TEXT, masks, DistillSettings(steps=6, train="all"))
+    assert report.last < report.first
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert_held(student, masks)
+    same = [n for n, p in student.named_parameters() if torch.equal(p, before.get_parameter(n))]
+    assert same == []
+
+
+def test_values_that_are_zero_inside_a_mask_are_trained() -> None:
+    student, teacher, masks = mixtral()
+    name = "model.layers.0.mlp.experts.down_proj"
+    with torch.no_grad():
+        student.get_parameter(name).zero_()
+    distill(student, teacher, TEXT, masks, FAST)
+    weight, mask = student.get_parameter(name), masks[name]
+    assert weight[mask].count_nonzero() > mask.sum() / 2  # but for experts that no token reaches
+    assert not weight[~mask].count_nonzero()
+
+
+def test_what_lies_outside_a_mask_is_dropped_first() -> None:
+    """A dense student with masks is a pruned one."""
+    teacher = MIXTRAL.make()
+    one, masks = pruned(teacher)
+    other = copy.deepcopy(teacher)
+    for student in (one, other):
+        distill(student, teacher, TEXT, masks, FAST)
+    assert same_state(one, other)
+
+
+# --- killed -------------------------------------------------------------------------------------
+
+
+def run_until(state: Path, step: int | None, save_minutes: float = 0.0) -> bool:
+    """Distill in a child that is killed in a step, after its gradients; whether it was."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    try:
+        student, teacher, masks = mixtral()
+
+        def log(row: Mapping[str, float]) -> None:
+            CsvLog(state.with_suffix(".csv"))(row)
+            if row["step"] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        distill(
+            student, teacher, TEXT, masks, FAST, state=state, log=log, save_minutes=save_minutes
+        )
+        torch.save(student.state_dict(), state.with_suffix(".result"))
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def finished() -> tuple[PreTrainedModel, DistillReport]:
+    student, teacher, masks = mixtral()
+    return student, distill(student, teacher, TEXT, masks, FAST)
+
+
+@pytest.mark.parametrize(
+    ("kills", "save_minutes"),
+    [
+        ((0,), 0.0),  # before there is a state
+        ((3,), 0.0),
+        ((2, 3, 5), 0.0),  # again and again
+        ((4,), 60.0),  # long after the last state: from the beginning
+    ],
+)
+def test_killed_and_resumed_to_equal_bits(
+    tmp_path: Path,
+    finished: tuple[PreTrainedModel, DistillReport],
+    kills: tuple[int, ...],
+    save_minutes: float,
+) -> None:
+    state = tmp_path / "run.pt"
+    for step in kills:
+        assert run_until(state, step, save_minutes)
+    assert not run_until(state, None, save_minutes)
+    found = torch.load(state.with_suffix(".result"), weights_only=True)
+    expected = finished[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rows = state.with_suffix(".csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(FAST.steps))]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".csv", ".result"}
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    student, teacher, masks = mixtral()
+    fresh = copy.deepcopy(student)
+    first = distill(student, teacher, TEXT, masks, FAST, state=tmp_path / "run.pt")
+    rows: list[Mapping[str, float]] = []
+    again = distill(fresh, teacher, TEXT, masks, FAST, state=tmp_path / "run.pt", log=rows.append)
+    assert again == first
+    assert rows == []
+    assert same_state(fresh, student)
+
+
+def change_settings(work: dict[str, Any]) -> None:
+    work["settings"] = DistillSettings(steps=6, batch_size=4, learning_rate=2e-3)
+
+
+def change_tokens(work: dict[str, Any]) -> None:
+    work["tokens"] = tokens(batch=10, length=12, seed=1)
+
+
+def change_teacher(work: dict[str, Any]) -> None:
+    work["teacher"] = MIXTRAL.make(seed=1)
+
+
+def change_student(work: dict[str, Any]) -> None:
+    with torch.no_grad():
+        next(work["student"].parameters()).mul_(1.5)
+
+
+def change_masks(work: dict[str, Any]) -> None:
+    name = next(iter(work["masks"]))
+    work["masks"] = {**work["masks"], name: ~work["masks"][name]}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (change_settings, "settings"),
+        (change_tokens, "tokens"),
+        (change_teacher, "teacher"),
+        (change_student, "student"),
+        (change_masks, "student"),
+    ],
+)
+def test_another_run_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], what: str
+) -> None:
+    state = tmp_path / "run.pt"
+    student, teacher, masks = mixtral()
+    work = {"student": student, "teacher": teacher, "tokens": TEXT, "masks": masks}
+    short = {**work, "student": copy.deepcopy(student), "settings": FAST}
+    with pytest.raises(KeyboardInterrupt):
+        distill(**short, state=state, log=stop_at(1), save_minutes=0)
+    work["settings"] = FAST
+    change(work)
+    refused(
+        CheckpointError,
+        f"found another {what}",
+        "--overwrite",
+        call=lambda: distill(**work, state=state),
+        kept=tmp_path,
+    )
+
+
+def stop_at(step: int) -> Callable[[Mapping[str, float]], None]:
+    def log(row: Mapping[str, float]) -> None:
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return log
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    state = tmp_path / "run.pt"
+    if content is None:
+        torch.save(["another", "thing"], state)
+    else:
+        state.write_bytes(content)
+    student, teacher, masks = mixtral()
+    refused(
+        CheckpointError,
+        "run.pt",
+        "unreadable",
+        call=lambda: distill(student, teacher, TEXT, masks, FAST, state=state),
+        kept=tmp_path,
+    )
+
+
+def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed\nat ...")
+
+    monkeypatch.setattr(training_module.torch, "save", full)
+    student, teacher, masks = mixtral()
+    refused(
+        CheckpointError,
+        "room",
+        call=lambda: distill(
+            student, teacher, TEXT, masks, FAST, state=tmp_path / "a.pt", save_minutes=0
+        ),
+    )
+
+
+# --- refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": "1e-3"}, "learning_rate"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"hidden_weight": -0.1}, "hidden_weight"),
+        ({"hidden_weight": math.inf}, "hidden_weight"),
+        ({"train": "router"}, "train"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], part: str) -> None:
+    refused(ConfigError, part, call=lambda: DistillSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (TEXT[0], "[12]"),
+        (TEXT.int(), "int32"),
+        (TEXT[:0], "[0, 12]"),
+        (TEXT + VOCAB, f"0..{VOCAB - 1}"),
+        (TEXT - VOCAB, f"0..{VOCAB - 1}"),
+    ],
+)
+def test_tokens_that_cannot_be(text: torch.Tensor, part: str) -> None:
+    student, teacher, masks = mixtral()
+    refused(CalibrationError, part, call=lambda: distill(student, teacher, text, masks, FAST))
+    assert not student.training
+
+
+def test_masks_and_weights_that_cannot_be() -> None:
+    student, teacher, masks = mixtral()
+    before = copy.deepcopy(student)
+    name = "model.layers.0.mlp.experts.down_proj"
+
+    def attempt(**changed: Any) -> Callable[[], object]:
+        return lambda: distill(student, teacher, TEXT, {**masks, **changed}, FAST)
+
+    refused(CalibrationError, "found one of nowhere", call=attempt(nowhere=masks[name]))
+    refused(CalibrationError, name, "bool", call=attempt(**{name: masks[name].float()}))
+    refused(CalibrationError, name, "shape", call=attempt(**{name: masks[name][:1]}))
+    refused(CalibrationError, "no mask", call=lambda: distill(student, teacher, TEXT, {}, FAST))
+    assert same_state(student, before)
+    student.get_parameter(name).data = student.get_parameter(name).data.half()
+    refused(CalibrationError, name, "torch.float16", call=attempt())
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    student, teacher, masks = mixtral()
+    with torch.no_grad():
+        teacher.lm_head.weight[0, 0] = math.nan
+    message = refused(
+        CalibrationError, "finite", call=lambda: distill(student, teacher, TEXT, masks, FAST)
+    )
+    assert "step 0" in message
+
+
+def test_the_distilled_model_becomes_the_same_sparse_model() -> None:
+    """Encoded again with its masks it computes what the dense modules do."""
+    student, teacher, masks = mixtral()
+    distill(student, teacher, TEXT, masks, FAST)
+    sparse = copy.deepcopy(student)
+    patch_model(sparse, config=BOTH)  # magnitude keeps what is not 0
+    assert all(torch.equal(mask, masks[name]) for name, mask in kept_masks(sparse).items())
+    assert same_state(masked_twin(student, sparse), student)
