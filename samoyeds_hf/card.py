@@ -162,6 +162,8 @@ def _method(report: PatchReport) -> str:
         words.append("refined by least squares on the weights that are kept")
     if report.asymmetric or report.method == "best":
         words.append("each layer towards what the dense model makes of the same text")
+    if report.permute:
+        words.append("the neurons of each expert in another order than the dense model's")
     if report.recover is not None:
         words.append(f"then {_RECOVERIES[report.recover]} with the mask held (`{report.recover}`)")
     return ", ".join(words)

@@ -37,6 +37,10 @@ Asymmetric = Annotated[
         help="Prune each layer towards what the dense model makes of the same text.",
     ),
 ]
+Permute = Annotated[
+    bool | None,
+    typer.Option("--permute/--no-permute", help="Reorder each expert's neurons to suit PATTERN."),
+]
 Budget = Annotated[
     float | None,
     typer.Option(

@@ -36,6 +36,8 @@ class SamoyedsConfig(QuantizationConfigMixin):
         refine: least squares on the chosen weights after the method.
         asymmetric: prune each layer towards what the dense model makes of the same tokens, so that
             it makes up for errors of the layers before it; ``best`` always does.
+        permute: reorder the neurons of each expert before it is pruned, to suit the pattern; the
+            function of the dense model stays, the order of its weights does not.
         recover: training after pruning, with the mask held: ``"block"``, each layer against the
             dense one, ``"distill"``, the whole model against the dense one, or None.
         calibration: the text that methods other than magnitude learn from, or a mapping with the
@@ -59,6 +61,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
     method: str
     refine: bool
     asymmetric: bool
+    permute: bool
     recover: str | None
     calibration: Calibration | None
     modules: tuple[str, ...]
@@ -76,6 +79,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         refine: bool = False,
         asymmetric: bool = False,
+        permute: bool = False,
         recover: str | None = None,
         calibration: Calibration | Mapping[str, Any] | None = None,
         **unknown: Any,
@@ -95,6 +99,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
             method=_check_method(method),
             refine=_check_bool("refine", refine),
             asymmetric=_check_bool("asymmetric", asymmetric),
+            permute=_check_bool("permute", permute),
             recover=_check_recover(recover),
             calibration=_check_calibration(calibration),
             modules=_check_modules(modules),
@@ -153,6 +158,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
             "method": self.method,
             "refine": self.refine,
             "asymmetric": self.asymmetric,
+            "permute": self.permute,
             "recover": self.recover,
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "modules": list(self.modules),
@@ -178,6 +184,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
             "method": self.method,
             "refine": self.refine,
             "asymmetric": self.asymmetric,
+            "permute": self.permute,
             "recover": self.recover,
             "calibration": data,
         }
@@ -189,7 +196,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
 
         is_trained = self.recover == "block"
         sees_data = METHODS[self.method].needs_calibration
-        return sees_data or self.refine or self.asymmetric or is_trained
+        return sees_data or self.refine or self.asymmetric or self.permute or is_trained
 
     def overrides_for(self, *names: str) -> list[str]:
         """The overrides whose regex matches all of one of the names; the first one wins."""
@@ -212,8 +219,8 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def _unknown_keys_message(unknown: Mapping[str, Any]) -> str:
-    known = ["pattern", "method", "refine", "asymmetric", "recover", "calibration", "modules"]
-    known += ["overrides", "strict", "format_version"]
+    known = ["pattern", "method", "refine", "asymmetric", "permute", "recover", "calibration"]
+    known += ["modules", "overrides", "strict", "format_version"]
     hints = [
         f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)
         for key in sorted(unknown)

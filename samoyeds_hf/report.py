@@ -59,6 +59,7 @@ class PatchReport:
     method: str
     refine: bool = False
     asymmetric: bool = False
+    permute: bool = False
     recover: str | None = None
     calibration: dict[str, Any] | None = None  # Calibration.to_dict(), without a path
 
@@ -102,6 +103,7 @@ class PatchReport:
         words = [self.method]
         words += ["refined"] if self.refine else []
         words += ["asymmetric"] if self.asymmetric else []
+        words += ["neurons reordered"] if self.permute else []
         words += [f"recovered by {self.recover}"] if self.recover else []
         return ", ".join(words)
 

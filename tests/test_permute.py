@@ -1,14 +1,25 @@
 """Orders of the intermediate dimension: the function stays, and what is kept grows."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
+from checkpoints import save_dense
 from helpers import silu_gate
+from tiny_models import BY_NAME, PATTERN, logits, tokens
+from transformers import AutoModelForCausalLM
 
-from samoyeds_hf import SparsityPattern
+from samoyeds_hf import SamoyedsConfig, SparsityPattern
+from samoyeds_hf.convert import convert_checkpoint
 from samoyeds_hf.errors import PatternError
-from samoyeds_hf.pruning import SecondMoments, permute, prune_experts
+from samoyeds_hf.pruning import Pruned, SecondMoments, permute, prune_experts
+from samoyeds_hf.pruning.calibration import CalibrationData
+from samoyeds_hf.pruning.layer import PruneSettings
 from samoyeds_hf.pruning.permute import Down, pairing, permute_intermediate
 from samoyeds_hf.pruning.projection import project
+from samoyeds_hf.pruning.walk import prune_model
+from samoyeds_hf.selection import select
 
 
 def example(experts=2, neurons=32, k=32, seed=0):
@@ -179,3 +190,45 @@ def test_refusals():
         permute_intermediate(gate_up[:, :32], down, torch.arange(32).repeat(2, 1))
     with pytest.raises(PatternError, match="must name each once"):
         permute_intermediate(gate_up, down, torch.zeros(2, 32, dtype=torch.int64))
+
+
+# --- in a model ------------------------------------------------------------------------------
+
+
+def whole(weight: torch.Tensor, *_: object, **__: object) -> Pruned:
+    """Prunes nothing."""
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    zeros = torch.zeros(len(weight), dtype=torch.float64)
+    return Pruned(weight, everything, zeros, ((),) * len(weight))
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("moments_bytes", [1, 10**9])  # expert by expert, all at once
+def test_a_walk_reorders_and_the_model_does_what_it_did(
+    asymmetric: bool, moments_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samoyeds_hf.pruning.layer.prune_experts", whole)
+    model = BY_NAME["qwen2_moe"].make()
+    dense = copy.deepcopy(model)
+    patterns = select(model, SamoyedsConfig(PATTERN)).targets
+    settings = PruneSettings(
+        "wanda", asymmetric=asymmetric, permute=True, moments_bytes=moments_bytes
+    )
+    prune_model(model, patterns, tokens(6, 17), settings)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    for name in patterns:
+        assert not torch.equal(model.get_parameter(name), dense.get_parameter(name)), name
+
+
+def test_a_permuted_conversion_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_dense(BY_NAME["mixtral"], tmp_path / "dense")
+    data = CalibrationData(tokens(6, 17), "0" * 64, "a test")
+    monkeypatch.setattr("samoyeds_hf.convert_layers.read_calibration", lambda *_: data)
+    config = SamoyedsConfig(
+        PATTERN, "wanda", refine=True, permute=True, calibration={"data": "x", "samples": 6}
+    )
+    report = convert_checkpoint(source, tmp_path / "out", config, progress=False)
+    assert "neurons reordered" in str(report)
+    assert "in another order" in (tmp_path / "out" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert bool(logits(model).isfinite().all())

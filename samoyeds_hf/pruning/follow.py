@@ -78,6 +78,10 @@ class DenseInputs:
         for path, module in modules.items():
             self._gate_up[path] = module.get_parameter("gate_up_proj").detach().clone()
 
+    def permute(self, path: str, experts: range, gate_up: torch.Tensor) -> None:
+        """Take the dense weights ``[len(experts), 2I, H]`` in another order of their neurons."""
+        self._gate_up[path][experts.start : experts.stop] = gate_up
+
     def gate_up_cross(
         self, path: str, routed: Routed, experts: range, weight: torch.Tensor
     ) -> CrossMoments:

@@ -101,6 +101,18 @@ def down_moments(
     return moments
 
 
+def inner_squares(routed: Routed, module: nn.Module, experts: range) -> torch.Tensor:
+    """Mean of ``g^2 x^2`` for the inputs x of down, ``[len(experts), I]`` fp32."""
+    gate_up = module.get_parameter("gate_up_proj")  # [E, 2I, H]
+    shape = (len(experts), gate_up.shape[1] // 2)
+    sums, counts = torch.zeros(shape, device=gate_up.device), [0] * len(experts)
+    for expert, x, weights in routed.by_expert(experts, gate_up.device):
+        inner = inner_of(module, x, gate_up[expert]).float() * weights.float().unsqueeze(-1)
+        sums[expert - experts.start] += inner.square().sum(dim=0)
+        counts[expert - experts.start] += x.shape[0]
+    return sums / torch.tensor(counts, device=sums.device).clamp(min=1).unsqueeze(-1)
+
+
 def inner_of(module: nn.Module, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """What an expert's down gets for tokens ``[t, H]``: ``[t, I]``."""
     both = functional.linear(x.to(gate_up.dtype), gate_up)

@@ -15,19 +15,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.metrics import relative
 from samoyeds_hf.models import reads_intermediate
+from samoyeds_hf.pruning.expert_weight import (
+    ExpertRow,
+    ExpertWeight,
+    find_weight,
+    is_linear,
+    naming,
+    place_of,
+    squares,
+)
 from samoyeds_hf.pruning.follow import DenseInputs, follow_dense
 from samoyeds_hf.pruning.inputs import (
     LinearInputs,
     Routed,
     down_moments,
     gate_up_moments,
+    inner_squares,
     layer_moments,
     to_host,
 )
 from samoyeds_hf.pruning.methods import prune_experts
+from samoyeds_hf.pruning.permute import Down, pairing, permute_intermediate
 from samoyeds_hf.pruning.recover import BlockSettings
 from samoyeds_hf.pruning.team import Team
 from samoyeds_hf.report import WeightReport
@@ -51,6 +61,8 @@ class PruneSettings:
         moments_bytes: memory for second moments at a time.
         asymmetric: prune towards what the dense model makes of the same tokens, see
             :mod:`samoyeds_hf.pruning.follow`; ``best`` always does.
+        permute: reorder the neurons of each expert first, see
+            :mod:`samoyeds_hf.pruning.permute`; the dense model's function stays.
         block: train each layer after it is pruned, see :mod:`samoyeds_hf.pruning.recover`.
     """
 
@@ -59,13 +71,20 @@ class PruneSettings:
     batch_size: int = 8
     moments_bytes: int = MOMENTS_BYTES
     asymmetric: bool = False
+    permute: bool = False
     block: BlockSettings | None = None
 
     @classmethod
     def of(cls, config: SamoyedsConfig) -> PruneSettings:
         """What a configuration says about it."""
         block = BlockSettings() if config.recover == "block" else None
-        return cls(config.method, config.refine, asymmetric=config.asymmetric, block=block)
+        return cls(
+            config.method,
+            config.refine,
+            asymmetric=config.asymmetric,
+            permute=config.permute,
+            block=block,
+        )
 
     @property
     def follows_dense(self) -> bool:
@@ -109,34 +128,6 @@ class PrunedWeight:
         )
 
 
-@dataclass(frozen=True)
-class _Weight:
-    name: str  # full
-    module: nn.Module
-    attribute: str
-    pattern: SparsityPattern
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter(self.attribute)
-
-    @property
-    def stacked(self) -> torch.Tensor:  # [E, m, k]; a Linear's is one expert
-        data = self.parameter.data
-        return data if data.ndim == 3 else data.unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What is known of one expert's weight."""
-
-    error: float
-    tokens: int
-    notes: tuple[str, ...]
-    lost: float  # |W - Q|^2
-    norm: float  # |W|^2
-
-
 class LayerPruner:
     """Prunes the expert weights of one layer in place.
 
@@ -161,13 +152,13 @@ class LayerPruner:
         dense: DenseInputs | None = None,
     ) -> None:
         self.settings, self.run, self.team, self.dense = settings, run, team, dense
-        weights = [_weight(layer, path, name, pattern) for name, pattern in patterns.items()]
+        weights = [find_weight(layer, path, name, pattern) for name, pattern in patterns.items()]
         self.first = [weight for weight in weights if not reads_intermediate(weight.name)]
         self.second = [weight for weight in weights if reads_intermediate(weight.name)]
         self.pruned: dict[str, torch.Tensor] = {}  # masks by name
         # what recovery is measured against
         self.originals = {w.name: to_host(w.stacked) for w in weights if settings.block}
-        fused = {w.name.rpartition(".")[0]: w.module for w in weights if not _is_linear(w)}
+        fused = {w.name.rpartition(".")[0]: w.module for w in weights if not is_linear(w)}
         self.routed = {path: (module, Routed()) for path, module in fused.items()}
 
     @torch.no_grad()
@@ -193,13 +184,13 @@ class LayerPruner:
         (weight,) = (w for w in (*self.first, *self.second) if w.name == pruned.name)
         lost = norm = 0.0
         for old, new in zip(self.originals[weight.name], weight.stacked, strict=True):
-            ((one_lost,), (one_norm,)) = _squares(old.to(new.device)[None], new[None])
+            ((one_lost,), (one_norm,)) = squares(old.to(new.device)[None], new[None])
             lost, norm = lost + one_lost, norm + one_norm
         return replace(pruned, change=relative(lost, norm))
 
     @contextmanager
     def _catching(
-        self, weights: Sequence[_Weight], *, routed: bool
+        self, weights: Sequence[ExpertWeight], *, routed: bool
     ) -> Iterator[dict[str, LinearInputs]]:
         """Hooks on the modules of some weights; yields the moments of those that are Linears."""
         linears, handles = {}, []
@@ -215,13 +206,15 @@ class LayerPruner:
             for handle in handles:
                 handle.remove()
 
-    def _prune(self, weight: _Weight, linears: Mapping[str, LinearInputs]) -> PrunedWeight:
+    def _prune(self, weight: ExpertWeight, linears: Mapping[str, LinearInputs]) -> PrunedWeight:
         start = time.perf_counter()
         stacked = weight.stacked
         mask = torch.zeros(stacked.shape, dtype=torch.bool, device=stacked.device)
-        rows: list[_Row] = []
+        rows: list[ExpertRow] = []
         for experts, hessian in self._moments(weight, linears):
             part = slice(experts.start, experts.stop)
+            if self.settings.permute and weight in self.first and not is_linear(weight):
+                self._permute(weight, experts, hessian)
             dense = stacked[part].clone()
             target, said = self._target(weight, experts, dense, hessian)
             result = prune_experts(
@@ -230,16 +223,16 @@ class LayerPruner:
                 hessian,
                 method=self.settings.method,
                 refine=self.settings.refine,
-                name=_place(weight, experts),
+                name=place_of(weight, experts),
             )
             stacked[part], mask[part] = result.weight, result.mask
             rows += [
-                _Row(*row)
+                ExpertRow(*row)
                 for row in zip(
                     result.error.tolist(),
                     hessian.tokens.tolist(),
                     [(*a, *b) for a, b in zip(said, result.notes, strict=True)],
-                    *_squares(dense, stacked[part]),
+                    *squares(dense, stacked[part]),
                     strict=True,
                 )
             ]
@@ -259,8 +252,22 @@ class LayerPruner:
             seconds=time.perf_counter() - start,
         )
 
+    def _permute(self, weight: ExpertWeight, experts: range, hessian: Hessian) -> None:
+        """Put the neurons of some dense experts into an order that suits both patterns."""
+        path = weight.name.rpartition(".")[0]
+        module, routed = self.routed[path]
+        (down,) = (w for w in self.second if w.module is module)
+        part = slice(experts.start, experts.stop)
+        squares = inner_squares(routed, module, experts)
+        side = Down(down.stacked[part], down.pattern, squares)
+        order = pairing(weight.stacked[part], weight.pattern, hessian, down=side)
+        both = permute_intermediate(weight.stacked[part], down.stacked[part], order)
+        weight.stacked[part], down.stacked[part] = both
+        if self.dense is not None:
+            self.dense.permute(path, experts, both[0])
+
     def _target(
-        self, weight: _Weight, experts: range, dense: torch.Tensor, hessian: Hessian
+        self, weight: ExpertWeight, experts: range, dense: torch.Tensor, hessian: Hessian
     ) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
         """The weights ``[e, m, k]`` that the pruned ones are to be near to, and notes."""
         path = weight.name.rpartition(".")[0]
@@ -274,14 +281,14 @@ class LayerPruner:
         return follow_dense(dense, cross, hessian)
 
     def _moments(
-        self, weight: _Weight, linears: Mapping[str, LinearInputs]
+        self, weight: ExpertWeight, linears: Mapping[str, LinearInputs]
     ) -> Iterator[tuple[range, Hessian]]:
         """Second moments of this process's experts, a group of them at a time."""
         num_experts, _, width = weight.stacked.shape
         share = self.team.share(num_experts)
         if weight.name in linears:
             for expert in share:
-                with _naming(weight, range(1)):
+                with naming(weight, range(1)):
                     hessian = linears[weight.name].moments.shrunk()
                 yield range(expert, expert + 1), hessian
             return
@@ -293,45 +300,10 @@ class LayerPruner:
         layer = None if is_down else layer_moments(routed, width, device)
         for start in range(share.start, share.stop, step):
             experts = range(start, min(start + step, share.stop))
-            with _naming(weight, experts):
+            with naming(weight, experts):
                 if is_down:
                     hessian = down_moments(routed, module, experts).shrunk()
                 else:
                     moments = gate_up_moments(routed, experts, width, device)
                     hessian = moments.shrunk(layer=layer)
             yield experts, hessian
-
-
-def _weight(layer: nn.Module, path: str, name: str, pattern: SparsityPattern) -> _Weight:
-    module_path, _, attribute = name.removeprefix(path + ".").rpartition(".")
-    module = layer.get_submodule(module_path)
-    return _Weight(name, module, attribute, pattern)
-
-
-def _squares(
-    dense: torch.Tensor,  # [E, m, k]
-    pruned: torch.Tensor,  # [E, m, k]
-) -> tuple[list[float], list[float]]:
-    """``|W - Q|^2`` and ``|W|^2`` of each expert, in fp64 an expert at a time."""
-    lost = [(old.double() - new).square().sum() for old, new in zip(dense, pruned, strict=True)]
-    norm = [old.double().square().sum() for old in dense]
-    return torch.stack(lost).tolist(), torch.stack(norm).tolist()
-
-
-def _place(weight: _Weight, experts: range) -> str:
-    """What messages call a group of experts, whose matrices are counted from 0."""
-    whole = len(experts) == weight.stacked.shape[0]
-    return weight.name if whole else f"{weight.name}[{experts.start}:{experts.stop}]"
-
-
-@contextmanager
-def _naming(weight: _Weight, experts: range) -> Iterator[None]:
-    """Errors of moments say whose inputs they were."""
-    try:
-        yield
-    except CalibrationError as error:
-        raise CalibrationError(f"{_place(weight, experts)}: {error}") from error
-
-
-def _is_linear(weight: _Weight) -> bool:
-    return isinstance(weight.module, nn.Linear)

@@ -31,8 +31,9 @@ from samoyeds_hf.pruning.walk import LayerResult, Walk
 if TYPE_CHECKING:
     from samoyeds_hf.pattern import SparsityPattern
     from samoyeds_hf.pruning.decoder import Decoder
+    from samoyeds_hf.pruning.expert_weight import ExpertWeight
     from samoyeds_hf.pruning.inputs import LinearInputs
-    from samoyeds_hf.pruning.layer import PrunedWeight, PruneSettings, _Weight
+    from samoyeds_hf.pruning.layer import PrunedWeight, PruneSettings
     from samoyeds_hf.pruning.team import Team
     from samoyeds_hf.pruning.walk import Layers
 
@@ -264,7 +265,7 @@ class _Trials(LayerPruner):
 
     def _pruned(
         self,
-        weight: _Weight,
+        weight: ExpertWeight,
         candidates: Sequence[SparsityPattern],
         linears: Mapping[str, LinearInputs],
     ) -> dict[str, torch.Tensor]:
@@ -285,7 +286,7 @@ class _Trials(LayerPruner):
                 pruned[str(pattern)][part] = result.weight.to(dense.dtype).cpu()
         return pruned
 
-    def _put(self, weight: _Weight, pruned: torch.Tensor) -> None:
+    def _put(self, weight: ExpertWeight, pruned: torch.Tensor) -> None:
         parameter = weight.parameter
         stacked = pruned.to(parameter.device)
         self.team.exchange(stacked)

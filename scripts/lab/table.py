@@ -1,0 +1,224 @@
+"""The results as markdown, with the targets beside them. From the CSV file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import mean
+
+from lab.cells import (
+    BUDGET,
+    DENSE,
+    DISTILL,
+    IDEAS,
+    KERNELS,
+    MASKED,
+    METHODS,
+    NONE,
+    PATTERNS,
+    RECOVERIES,
+    VENOM,
+    Cell,
+)
+from lab.results import Row, over_seeds
+from lab.targets import BEST_RECIPE, RECIPE, TARGETS, Target
+
+Ratios = Mapping[Cell, Sequence[float]]
+_NOTE = (
+    "Lowest mean over seeds of all methods, chosen on the held-out text that it is given on. "
+    "VENOM, unstructured masks and dense columns exist as masks only: what refines them is least "
+    "squares, without the search for better masks that the patterns of the format get."
+)
+_NAMES = {NONE: "one-shot", DISTILL: "distilled"}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A section for each family and size."""
+    models = dict.fromkeys((row["family"], row["size"]) for row in rows)
+    sections = []
+    for family, size in models:
+        own = [row for row in rows if (row["family"], row["size"]) == (family, size)]
+        sections.append("\n\n".join([f"## {family}, {size}", *_section(own)]))
+    return "\n\n".join(sections)
+
+
+def _section(rows: list[Row]) -> Iterator[str]:
+    ratios = over_seeds(rows, "ratio")
+    yield _about(rows)
+    yield "### Targets\n\n" + _targets(rows, ratios)
+    for recovery in RECOVERIES:
+        grid = _grid(ratios, recovery)
+        if grid:
+            yield f"### Perplexity relative to dense, {_NAMES.get(recovery, recovery)}\n\n{grid}"
+    if ideas := _ideas(ratios):
+        yield f"### At the bytes of {BUDGET}\n\n{ideas}"
+    if kernels := _kernels(ratios):
+        yield "### Through the encoded experts\n\n" + kernels
+    yield "### Multiple choice, normalised by length, zero-shot\n\n" + _tasks(rows)
+
+
+def _about(rows: Sequence[Row]) -> str:
+    """The dense models, one for each seed."""
+    head = ("seed", "parameters", "tokens seen", "epochs", "validation", "held out")
+    dense = {row["weights"]: row for row in rows if row["pattern"] == DENSE}
+    lines = [
+        (
+            row["seed"],
+            f"{int(row['parameters']) / 1e6:.1f} M",
+            f"{int(row['trained_tokens']) / 1e6:.1f} M",
+            f"{float(row['epochs']):.1f}",
+            f"{float(row['validation']):.2f}",
+            f"{float(row['perplexity']):.2f}",
+        )
+        for row in dense.values()
+    ]
+    first = rows[0]
+    where = (
+        f"{first['gpu']}, CUDA {first['cuda']}, torch {first['torch']}, transformers "
+        f"{first['transformers']}, commit {', '.join(dict.fromkeys(r['commit'] for r in rows))}"
+    )
+    return f"{_table(head, lines)}\n\n{where}"
+
+
+def _targets(rows: Sequence[Row], ratios: Ratios) -> str:
+    head = ("pattern", "", "must", "aim", "measured", "by", "is met")
+    lines = []
+    recipes = _within_budget(rows)
+    for (pattern, recovery), target in TARGETS.items():
+        found = _lowest(ratios, lambda c, p=pattern, r=recovery: _plain(c) == (p, r))
+        lines.append(_target_line(pattern, recovery, target, target.must, found))
+    for recovery, target in BEST_RECIPE.items():
+        found = _lowest(ratios, lambda c, r=recovery: c in recipes and c.recovery == r)
+        must = target.must
+        if must is None and found is not None:
+            must = _mean(ratios.get(Cell(VENOM, found[0].method, recovery)))
+        lines.append(_target_line(RECIPE, recovery, target, must, found))
+    return f"{_table(head, lines)}\n\n{_NOTE}"
+
+
+def _target_line(
+    what: str,
+    recovery: str,
+    target: Target,
+    must: float | None,
+    found: tuple[Cell, float, int] | None,
+) -> tuple[str, ...]:
+    bound = "-" if must is None else f"{must:.3f}"
+    bound += " (VENOM)" if target.must is None else ""
+    start = (what, _NAMES[recovery], bound, f"{target.aim:.3f}")
+    if found is None:
+        return (*start, "-", "-", "-")
+    cell, ratio, seeds = found
+    by = cell.method if cell.ideas == NONE else f"{cell.method}, {cell.ideas}"
+    if cell.pattern != what:
+        by = f"{cell.pattern} {by}"
+    measured = f"{ratio:.3f} ({seeds} seed{'s' * (seeds > 1)})"
+    return (*start, measured, by, target.verdict(ratio, must))
+
+
+def _grid(ratios: Ratios, recovery: str) -> str:
+    """Patterns by methods; empty where nothing was measured."""
+    shown = {cell: mean(values) for cell, values in ratios.items() if _is_plain(cell)}
+    shown = {cell: value for cell, value in shown.items() if cell.recovery == recovery}
+    methods = [method for method in METHODS if any(cell.method == method for cell in shown)]
+    lines = []
+    for pattern in PATTERNS:
+        values = [shown.get(Cell(pattern, method, recovery)) for method in methods]
+        if any(value is not None for value in values):
+            lines.append((pattern, *("" if v is None else f"{v:.3f}" for v in values)))
+    return _table(("pattern", *methods), lines) if lines else ""
+
+
+def _ideas(ratios: Ratios) -> str:
+    """Ideas by pattern and method, one-shot and distilled."""
+    lines = []
+    cases = dict.fromkeys(
+        (c.pattern, c.method, c.ideas)
+        for c in sorted(ratios, key=lambda c: IDEAS.index(c.ideas))
+        if c.ideas != NONE
+    )
+    plain = dict.fromkeys((pattern, method, NONE) for pattern, method, _ in cases)
+    for pattern, method, ideas in (*plain, *cases):
+        values = [_mean(ratios.get(Cell(pattern, method, r, ideas))) for r in (NONE, DISTILL)]
+        if any(value is not None for value in values):
+            shown = ("" if value is None else f"{value:.3f}" for value in values)
+            lines.append((pattern, method, "-" if ideas == NONE else ideas, *shown))
+    head = ("pattern", "method", "ideas", _NAMES[NONE], _NAMES[DISTILL])
+    return _table(head, lines) if cases else ""
+
+
+def _kernels(ratios: Ratios) -> str:
+    lines = []
+    for cell, values in ratios.items():
+        if cell.path != KERNELS:
+            continue
+        twin = _mean(ratios.get(Cell(cell.pattern, cell.method, cell.recovery, cell.ideas)))
+        ratio = mean(values)
+        other = ("", "") if twin is None else (f"{twin:.5f}", f"{ratio / twin - 1:+.2e}")
+        lines.append((str(cell), f"{ratio:.5f}", *other))
+    head = ("cell", "encoded", MASKED, "difference")
+    return _table(head, lines) if lines else ""
+
+
+def _tasks(rows: Sequence[Row]) -> str:
+    """Dense, then the best method of each pattern; a model of this size is near chance."""
+    tasks = [name.removesuffix("_norm") for name in rows[0] if name.endswith("_norm")]
+    lines = []
+    for pattern in (DENSE, *PATTERNS):
+        for recovery in (NONE, DISTILL):
+            own = [
+                row
+                for row in rows
+                if (row["pattern"], row["recovery"], row["ideas"], row["path"])
+                == (pattern, recovery, NONE, MASKED)
+                and row["method"] in (METHODS[0], DENSE)
+            ]
+            if own:
+                cells = (
+                    f"{100 * mean(float(row[f'{task}_norm']) for row in own):.1f} "
+                    f"± {100 * float(own[0][f'{task}_error']) / len(own) ** 0.5:.1f}"
+                    for task in tasks
+                )
+                lines.append((pattern, _NAMES[recovery] if pattern != DENSE else "", *cells))
+    chances = ", ".join(f"{task} {100 * float(rows[0][f'{task}_chance']):.1f}" for task in tasks)
+    note = (
+        f"Per cent ± standard error; chance is {chances}. A model of this size, trained on novels, "
+        "is near chance: these show that nothing broke, not which method is better."
+    )
+    return f"{_table(('pattern', '', *tasks), lines)}\n\n{note}" if tasks else "None were given."
+
+
+def _lowest(ratios: Ratios, is_meant: Callable[[Cell], bool]) -> tuple[Cell, float, int] | None:
+    """The cell with the lowest mean among those meant, its mean, and how many seeds it has."""
+    found = [(mean(v), len(v), cell) for cell, v in ratios.items() if is_meant(cell)]
+    if not found:
+        return None
+    ratio, seeds, cell = min(found, key=lambda item: item[0])
+    return cell, ratio, seeds
+
+
+def _is_plain(cell: Cell) -> bool:
+    return cell.ideas == NONE and cell.path == MASKED
+
+
+def _plain(cell: Cell) -> tuple[str, str]:
+    return (cell.pattern, cell.recovery) if _is_plain(cell) else ("", "")
+
+
+def _within_budget(rows: Sequence[Row]) -> set[Cell]:
+    """Cells in this format with no more bytes than BUDGET has."""
+    sizes = {
+        cell: max(values)
+        for cell, values in over_seeds(rows, "bytes").items()
+        if cell.path == MASKED
+    }
+    limit = max((size for cell, size in sizes.items() if _plain(cell)[0] == BUDGET), default=0.0)
+    return {cell for cell, size in sizes.items() if size <= limit}
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return mean(values) if values else None
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
