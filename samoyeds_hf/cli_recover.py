@@ -27,15 +27,29 @@ def recover(
         typer.Option(min=1, help="Sequences of it.  [default: steps x batch size, each once]"),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimizer.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a step.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the optimizer.  [default: 300]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a step.  [default: 8]")
+    ] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences at a time, for memory.  [default: all]")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The peak, for weights with 1024 inputs.  [default: 0.001]"),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of both softmaxes.  [default: 1.0]")
+    ] = None,
+    hidden_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the error of the hidden states beside the KL.  [default: 1.0]"),
+    ] = None,
     train: Annotated[
-        str | None, typer.Option(help="experts (what was pruned), or all weights.")
+        str | None,
+        typer.Option(help="What was pruned, or all weights.  [default: experts]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of documents and of sequences.")] = 0,
     device: Annotated[
@@ -63,6 +77,7 @@ def recover(
         "micro_batch_size": micro_batch_size,
         "learning_rate": learning_rate,
         "temperature": temperature,
+        "hidden_weight": hidden_weight,
         "train": train,
     }
     settings = DistillSettings(**{k: v for k, v in given.items() if v is not None}, seed=seed)  # type: ignore[arg-type]

@@ -101,8 +101,8 @@ def test_more_is_kept_by_exactly_what_the_search_counted(text, down_text, monkey
     )
     assert (after > before).all()
     torch.testing.assert_close(after - before, counted, rtol=1e-3, atol=1e-5)
-    for tensor, copy in zip((gate_up, down, hessian.matrix, squares), copies, strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, before_it in zip((gate_up, down, hessian.matrix, squares), copies, strict=True):
+        assert torch.equal(tensor, before_it)
 
 
 def test_complementary_rows_become_neighbours():

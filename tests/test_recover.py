@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from samoyeds_hf import SamoyedsConfig, patch_model, unpatch_model
 from samoyeds_hf import recovery as module
+from samoyeds_hf.cli_recover import recover
 from samoyeds_hf.errors import (
     CalibrationError,
     CheckpointError,
@@ -563,6 +564,13 @@ def split_experts(directory: Path) -> None:
         for name, tensor in (("w1", gate), ("w3", up_one), ("w2", down_one)):
             held[f"{path}.{name}.weight"] = tensor.clone()
     save_file(held, directory / SINGLE, metadata={"format": "pt"})
+
+
+def test_the_help_names_the_defaults() -> None:
+    defaults = DistillSettings()
+    for name in ("steps", "batch_size", "learning_rate", "temperature", "hidden_weight", "train"):
+        (option,) = get_type_hints(recover, include_extras=True)[name].__metadata__
+        assert option.help.endswith(f"[default: {getattr(defaults, name)}]"), name
 
 
 def test_the_script(case: Case) -> None:

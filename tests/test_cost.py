@@ -1,0 +1,76 @@
+"""What a plan says of time and memory: from shapes, and from a product timed now."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import save_dense
+from tiny_models import BY_NAME, PATTERN
+
+from samoyeds_hf import SamoyedsConfig
+from samoyeds_hf.plan import ConversionPlan, plan_conversion
+from samoyeds_hf.pruning import METHODS, cost
+from samoyeds_hf.pruning.cost import Cost, estimate, measure_rate
+from samoyeds_hf.pruning.layer import PruneSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ConversionPlan:
+    source = save_dense(BY_NAME["mixtral"], tmp_path_factory.mktemp("cost") / "dense")
+    return plan_conversion(source, SamoyedsConfig(PATTERN, "wanda"), 10**9)
+
+
+@pytest.fixture(autouse=True)
+def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "measure_rate", lambda _: 1e9)
+
+
+def cost_of(plan: ConversionPlan, num_tokens: int = 1000, **settings: object) -> Cost:
+    return estimate(plan, PruneSettings(**{"method": "wanda", **settings}), num_tokens, CPU)  # type: ignore[arg-type]
+
+
+def test_forward_and_moments_are_counted_from_shapes(plan: ConversionPlan) -> None:
+    # per layer: q 64x64, k and v 32x64, o 64x64; router 4x64; experts 2 of 4, 256x64 and 64x128
+    dense = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 4 * 64
+    experts = 2 * (256 * 64 + 64 * 128)
+    moments = 2 * (64**2 + 128**2)
+    found = cost_of(plan, 1000, method="magnitude").operations
+    more = cost_of(plan, 2000, method="magnitude").operations
+    assert more - found == 2 * 1000 * 2 * (3 * (dense + experts) + moments)
+
+
+def test_better_methods_cost_more(plan: ConversionPlan) -> None:
+    costs = [cost_of(plan, method=method).operations for method in METHODS]
+    assert costs == sorted(costs)
+    assert cost_of(plan, refine=True).operations > cost_of(plan).operations
+    assert cost_of(plan, asymmetric=True).operations > cost_of(plan).operations
+
+
+def test_hidden_states_of_every_token_are_in_memory(plan: ConversionPlan) -> None:
+    # twice 64 values of bf16 (the layer's input, the experts'), and 2 choices of int64 and bf16
+    assert cost_of(plan, 1000).host_bytes == 1000 * (2 * 64 * 2 + 2 * (8 + 2))
+    assert cost_of(plan, 1000, asymmetric=True).host_bytes == 1000 * (4 * 64 * 2 + 2 * (8 + 2))
+
+
+def test_a_layer_fits(plan: ConversionPlan) -> None:
+    layer = max(
+        sum(unit.num_bytes for unit in plan.units if f"layers.{i}." in unit.target.name)
+        for i in range(2)
+    )
+    assert cost_of(plan).device_bytes > layer
+    assert cost_of(plan, asymmetric=True).device_bytes > cost_of(plan).device_bytes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")]
+)
+def test_it_reads(seconds: float, text: str) -> None:
+    line = str(Cost(CPU, seconds * 2e12, 2e12, 10**9, 2 * 10**9))
+    assert line.startswith(f"calibration: about {text} on the CPU")
+    assert "1.00 GB there, and 2.00 GB of hidden states" in line
+
+
+def test_the_rate_is_measured() -> None:
+    assert 1e8 < measure_rate(CPU) < 1e14
