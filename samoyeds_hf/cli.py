@@ -12,6 +12,7 @@ from samoyeds_hf.cli_options import (
     Asymmetric,
     Budget,
     CalibrationText,
+    Candidates,
     Device,
     Method,
     Overwrite,
@@ -110,6 +111,7 @@ def convert(
     permute: Permute = None,
     recover: Recover = None,
     budget: Budget = None,
+    candidates: Candidates = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
     sequence_length: SequenceLength = None,
@@ -148,6 +150,8 @@ def convert(
         calibration_options(calibration, samples, sequence_length, seed),
         recipe,
     )
+    if candidates is not None and budget is None:
+        raise ConfigError("--candidates goes with --budget, found none; add it.")
     if dry_run:
         if config.is_calibrated:
             require_calibration(config)
@@ -158,8 +162,14 @@ def convert(
         return
     try:
         if budget is not None:
-            begun = destination if resume else None
-            config = with_budget(source, config, budget, destination=begun, device=device)
+            config = with_budget(
+                source,
+                config,
+                budget,
+                candidates=candidates.split(",") if candidates else None,
+                destination=destination if resume else None,
+                device=device,
+            )
         report = convert_checkpoint(
             source,
             destination,

@@ -48,6 +48,13 @@ Budget = Annotated[
         "chosen by measured error, with the V of --pattern."
     ),
 ]
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        help="With --budget: the patterns to choose from, with commas. 1:2:64,2:4 have fast "
+        "kernels.  [default: from 1:4:V to 2:4]"
+    ),
+]
 Recover = Annotated[
     str | None,
     typer.Option(help="Train the kept weights after pruning: block (each layer) or distill."),

@@ -38,6 +38,8 @@ class SamoyedsConfig(QuantizationConfigMixin):
             it makes up for errors of the layers before it; ``best`` always does.
         permute: reorder the neurons of each expert before it is pruned, to suit the pattern; the
             function of the dense model stays, the order of its weights does not.
+        budget: the share of weights that ``--budget`` was asked to drop; what it chose is in
+            ``overrides``.
         recover: training after pruning, with the mask held: ``"block"``, each layer against the
             dense one, ``"distill"``, the whole model against the dense one, or None.
         calibration: the text that methods other than magnitude learn from, or a mapping with the
@@ -62,6 +64,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
     refine: bool
     asymmetric: bool
     permute: bool
+    budget: float | None
     recover: str | None
     calibration: Calibration | None
     modules: tuple[str, ...]
@@ -80,6 +83,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
         refine: bool = False,
         asymmetric: bool = False,
         permute: bool = False,
+        budget: float | None = None,
         recover: str | None = None,
         calibration: Calibration | Mapping[str, Any] | None = None,
         **unknown: Any,
@@ -100,6 +104,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
             refine=_check_bool("refine", refine),
             asymmetric=_check_bool("asymmetric", asymmetric),
             permute=_check_bool("permute", permute),
+            budget=_check_budget(budget),
             recover=_check_recover(recover),
             calibration=_check_calibration(calibration),
             modules=_check_modules(modules),
@@ -159,6 +164,7 @@ class SamoyedsConfig(QuantizationConfigMixin):
             "refine": self.refine,
             "asymmetric": self.asymmetric,
             "permute": self.permute,
+            "budget": self.budget,
             "recover": self.recover,
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "modules": list(self.modules),
@@ -219,8 +225,8 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def _unknown_keys_message(unknown: Mapping[str, Any]) -> str:
-    known = ["pattern", "method", "refine", "asymmetric", "permute", "recover", "calibration"]
-    known += ["modules", "overrides", "strict", "format_version"]
+    known = ["pattern", "method", "refine", "asymmetric", "permute", "budget", "recover"]
+    known += ["calibration", "modules", "overrides", "strict", "format_version"]
     hints = [
         f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)
         for key in sorted(unknown)
@@ -245,6 +251,15 @@ def _check_method(method: Any) -> str:
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"method must be one of {sorted(METHODS)}, found {method!r}.")
     return str(method)
+
+
+def _check_budget(budget: Any) -> float | None:
+    if budget is None:
+        return None
+    from samoyeds_hf.pruning.budget import check_budget
+
+    check_budget(budget)
+    return float(budget)
 
 
 def _check_recover(recover: Any) -> str | None:
