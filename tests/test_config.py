@@ -350,6 +350,7 @@ def test_provenance_names_no_directory():
         "method": "magnitude",
         "refine": True,
         "asymmetric": True,
+        "permute": False,
         "recover": "block",
         "calibration": {**FULL["calibration"], "data": "novels.txt"},
     }

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from samoyeds_hf import SamoyedsConfig, SparsityPattern, encode, patch_model, unpatch_model
 from samoyeds_hf.errors import CalibrationError, CheckpointError, ConfigError
 from samoyeds_hf.pruning import losses as losses_module
+from samoyeds_hf.pruning import masters as masters_module
 from samoyeds_hf.pruning import training as training_module
 from samoyeds_hf.pruning.distill import DistillReport, DistillSettings, distill
 from samoyeds_hf.pruning.losses import divergence
@@ -161,7 +162,11 @@ def test_a_log_goes_on_before_the_step_that_comes_again(tmp_path: Path) -> None:
 # --- masters ------------------------------------------------------------------------------------
 
 
-def test_masters_take_the_gradients_of_what_is_kept() -> None:
+@pytest.mark.parametrize("chunk", [7, 1 << 28])
+def test_masters_take_the_gradients_of_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(masters_module, "_CHUNK", chunk)
     torch.manual_seed(0)
     layer = nn.Linear(16, 8)
     mask = torch.rand(8, 16) < 0.5

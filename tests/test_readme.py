@@ -56,6 +56,7 @@ def run_block(language: str, code: str, folder: Path, environment: dict[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it prunes by the best method, on one core
 def test_all_blocks_run_in_order(folder: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("lm_eval", reason="the README evaluates, which needs the extra eval")
     out = []

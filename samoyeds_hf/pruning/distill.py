@@ -9,6 +9,10 @@ is trained (see :mod:`samoyeds_hf.pruning.masters`), so 9 at d = 1/4; what is fr
 is trained whole (``train="all"``) 20. On top come the dense gradient of one weight, and for
 ``micro_batch_size`` sequences the activations, the hidden states after each layer twice and the
 logits three times.
+
+Defaults are those that did best on tests/assets/tiny-moe (1:2:64, sparsegpt + refine on 64 x 256
+tokens, then 100 steps of 4 x 256 fresh tokens, one seed). Held-out perplexity, dense 10.33: pruned
+31.5, distilled 16.2; after ``recover="block"`` 17.0, distilled 14.8, with hidden states 14.6.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning.training import digest
 
 WIDTH = 1024  # inputs of a weight for which a learning rate is meant as it is
-UNPRUNED = 0.1  # learning rate of a weight without a mask, to that of one with a mask
+# Learning rate of a weight without a mask, to that of one with a mask. Held-out perplexity of
+# tests/assets/tiny-moe after 100 steps: 1.0 20.98, 0.3 16.75, 0.1 16.49, without these 17.03.
+UNPRUNED = 0.1
+_CHUNK = 1 << 28  # elements of a mask at a time
 _BETAS = (0.9, 0.95)
 _DTYPES = (torch.bfloat16, torch.float32)  # gradients in fp16 would underflow
 
@@ -47,8 +50,7 @@ class Masters:
         for name, weight in self.weights.items():
             if name in masks:
                 mask = masks[name].to(weight.device)
-                dtype = torch.int64 if mask.numel() >= 2**31 else torch.int32
-                self._places[name] = mask.reshape(-1).nonzero().view(-1).to(dtype)
+                self._places[name] = _places(mask)
                 weight.data = weight.detach().contiguous().masked_fill_(~mask, 0)
             master = self._kept(name, weight.detach()).to(torch.float32, copy=True)
             self.values[name] = nn.Parameter(master)
@@ -151,6 +153,17 @@ def make_optimizer(masters: Masters) -> torch.optim.Optimizer:
         weight_decay=0.0,
         fused=True,
     )
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask is true, as numbers of the flat weight; in int32 where that is enough.
+
+    In chunks, because nonzero() answers in int64 and does not take 2^31 elements on a GPU.
+    """
+    dtype = torch.int64 if mask.numel() >= 2**31 else torch.int32
+    chunks = mask.reshape(-1).split(_CHUNK)
+    found = (chunk.nonzero().view(-1).to(dtype) for chunk in chunks)
+    return torch.cat([places + number * _CHUNK for number, places in enumerate(found)])
 
 
 def _check(name: str, weight: torch.Tensor, mask: torch.Tensor | None) -> None:
