@@ -132,7 +132,7 @@ def _convert_and_distill(
         convert_checkpoint(dense, pruned, first, resume=resume, overwrite=overwrite, **options)
     recover_checkpoint(
         pruned,
-        dense,
+        source,
         destination,
         calibration,
         resume=resume,

@@ -19,7 +19,8 @@ REPORT_FILE = "samoyeds_report.json"
 STATE_FILE = "conversion.json"
 _LOCK_FILE = ".lock"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
-_OWN_FILES = {"config.json", "README.md", REPORT_FILE, STATE_FILE}
+_LOGS = ("samoyeds_block.csv", "samoyeds_distillation.csv")
+_OWN_FILES = {"config.json", "README.md", REPORT_FILE, STATE_FILE, *_LOGS}
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one directory that belongs to a tokenizer
 
 

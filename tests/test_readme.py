@@ -64,7 +64,7 @@ def test_all_blocks_run_in_order(folder: Path, environment: dict[str, str]) -> N
         lines = [line for line in code.splitlines() if not line.startswith(SCRIPTS)]
         out.append(run_block(language, "\n".join(lines), folder, environment))
     made = {path.name for path in folder.iterdir()} - {"tests", "configs", "scripts"}
-    assert made == {"tiny-sparse", "tiny-pruned", "tiny-again"}
+    assert made == {"tiny-sparse", "tiny-pruned", "tiny-again", "errors.csv"}
     everything = "\n".join(out)
     for said in (
         "12 sparse weights are valid",
