@@ -131,15 +131,19 @@ def loop_experts(
     dtype: torch.dtype,  # that everything is computed in
     gate: Callable[[torch.Tensor], torch.Tensor] = silu_gate,
 ) -> torch.Tensor:
-    """The expert layer ``[T, H]``, a token and a choice at a time."""
+    """The expert layer ``[T, H]``, a choice and an expert at a time.
+
+    All its tokens in one product, as dense torch would: products of one token round differently.
+    """
     num_experts = gate_up.shape[0]
     gate_up, down, hidden = (tensor.to(dtype) for tensor in (gate_up, down, hidden))
     out = torch.zeros_like(hidden)
-    for token, experts in enumerate(top_k_index.tolist()):
-        for choice, expert in enumerate(experts):
-            if 0 <= expert < num_experts:
-                inner = gate(gate_up[expert] @ hidden[token])
-                out[token] += (down[expert] @ inner) * top_k_weights[token, choice].to(dtype)
+    for choice, experts in enumerate(top_k_index.T):
+        for expert in range(num_experts):
+            hit = (experts == expert).nonzero().squeeze(1)
+            inner = gate(hidden[hit] @ gate_up[expert].T)
+            weights = top_k_weights[hit, choice, None].to(dtype)
+            out[hit] += (inner @ down[expert].T) * weights
     return out
 
 

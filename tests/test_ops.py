@@ -215,10 +215,12 @@ def test_sentinel_belongs_to_no_expert(sentinel):
     unread = layer.top_k_weights.masked_fill(index == sentinel, float("nan"))
     assert_same_bits(layer.mlp(**changed, top_k_weights=unread), ours)
 
-    # the same as a weight of zero for an expert that is here
+    # the same as a weight of zero for an expert that is here, but for what its product rounds
+    # otherwise with more rows
     weights = layer.top_k_weights.masked_fill(index == sentinel, 0)
     here = index.masked_fill(index == sentinel, 0)
-    assert torch.equal(ours, layer.mlp(top_k_index=here, top_k_weights=weights))
+    with_zeros = layer.mlp(top_k_index=here, top_k_weights=weights)
+    assert (ours - with_zeros).abs().max() <= 1e-6 * exact.abs().max()
 
     both = ops.moe_up(layer.hidden, index, *stored[0], layer.sizes.up)
     assert (both.view(6, 2, -1)[index == sentinel] == 0).all()
