@@ -39,8 +39,10 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
   const int group = uniform(threadIdx.x / kGroupThreads);
   const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
   constexpr int kStep = Shape::kLiveStep;
+  constexpr bool kTakesTurns = kSwitchPeriod == 2;
   const int blocks = args.layout.blocks;
   Turn turn;
+  if constexpr (kTakesTurns) Turns::start(group);
   SlabWork next = scheduler.at(scheduler.first());
   for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
     const SlabWork work = next;
@@ -49,11 +51,13 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       skip_blocks(buffers, turn, blocks);
       continue;
     }
+    const Turns turns(group, work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
     acc.clear();
     const int first_tile = group * Buffers::kSlabTiles + warp;
     for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
-      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile)
+      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,
+                                                                        turns)
           .run(turn, blocks);
     });
     if constexpr (kSwitchPeriod != 0) acc.separate_rows();
@@ -67,6 +71,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       SlabStore<Shape, kSwitchPeriod, false, false>(args, work, slab, staged).run(acc);
     }
   }
+  if constexpr (kTakesTurns) Turns::finish(group);
   if (threadIdx.x % kGroupThreads == 0) ptx::wait_for_stores();
 }
 

@@ -68,6 +68,35 @@ struct Fragments {
   }
 };
 
+// The warpgroups of a thread block start their matrix instructions in turn. The tensor cores would
+// else go back and forth between them: both are done at the same time, and both switch rows while
+// nothing is multiplied.
+class Turns {
+  static constexpr int kBarrier = 3;  // and those after it; lower ones are taken
+
+ public:
+  // is_shared: both warpgroups multiply. One alone has barriers of its own, so that no branch comes
+  // between matrix instructions.
+  __device__ Turns(int group, bool is_shared)
+      : threads_(is_shared ? 2 * kGroupThreads : kGroupThreads),
+        mine_(is_shared ? kBarrier + group : kBarrier + 2 + group),
+        next_(is_shared ? kBarrier + 1 - group : kBarrier + 4 + group) {}
+
+  // Once, before any turn: the first is group 0's.
+  __device__ static void start(int group) {
+    if (group == 1) ptx::arrive_some(kBarrier, 2 * kGroupThreads);
+  }
+  // Once, after all of them.
+  __device__ static void finish(int group) {
+    if (group == 0) ptx::sync_some(kBarrier, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void begin() const { ptx::sync_some(mine_, threads_); }
+  __device__ __forceinline__ void end() const { ptx::arrive_some(next_, threads_); }
+
+ private:
+  int threads_, mine_, next_;
+};
+
 // All of k for one slab, with the first kLive tokens of the tile. Weights that come next are on
 // their way to registers while the tensor cores still work.
 template <class Shape, int kSwitchPeriod, int kLive, class Buffers>
@@ -79,8 +108,8 @@ class SlabProduct {
  public:
   // `first_tile`: this warp's of the thread block's tiles of 16 kept rows.
   __device__ __forceinline__ SlabProduct(SlabAccumulators<Shape>& acc, const Buffers& buffers,
-                                         int first_tile)
-      : acc_(acc), buffers_(buffers), first_tile_(first_tile) {}
+                                         int first_tile, const Turns& turns)
+      : acc_(acc), buffers_(buffers), first_tile_(first_tile), turns_(turns) {}
 
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
     ptx::wait(buffers_.full(turn.slot), turn.parity);
@@ -141,15 +170,19 @@ class SlabProduct {
     buffers_.release(slot_);
   }
 
-  // V = 64.
+  // V = 64: in turn, as half a block of products hides little else.
   template <typename Next>
   __device__ __forceinline__ void half_blocks(Next&& load_next) {
     acc_.template switch_rows<kLive>(first_.rows);
+    turns_.begin();
     start_half(first_, 0);
+    turns_.end();
     second_.template load<2, true>(tile_);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     acc_.template switch_rows<kLive>(second_.rows);
+    turns_.begin();
     start_half(second_, 1);
+    turns_.end();
     load_next();
     ptx::wgmma_wait_for<kSums>(acc_.d);
     buffers_.release(slot_);
@@ -209,6 +242,7 @@ class SlabProduct {
   SlabAccumulators<Shape>& acc_;
   const Buffers& buffers_;
   const int first_tile_;
+  const Turns& turns_;
   int slot_ = 0;
   std::uint32_t tile_ = 0;       // this warp's, in the slot
   Fragments<2> first_, second_;  // (1, 2, V): of half a block

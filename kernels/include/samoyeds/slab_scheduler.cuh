@@ -22,7 +22,7 @@ struct HopperShape {
   static constexpr int kCluster = 2;    // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load to those that multiply: all have 168 at first.
-  static constexpr int kRegisters = 232, kLoaderRegisters = 40;
+  static constexpr int kRegisters = 240, kLoaderRegisters = 24;
 };
 
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
