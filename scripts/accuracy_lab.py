@@ -7,7 +7,8 @@
 DIR holds train_text/*.tar.xz, documents of which 5 % by file are held out, and eval/*.jsonl. The
 trained model stays in --work and is taken from there when the settings are the same. Rows go to the
 CSV file as they come; a cell whose row is there is not measured again, so a run that was stopped
-goes on when it is called again.
+goes on when it is called again. Small models leave a GPU idle between kernels: once the model is
+trained, several runs for different --patterns or --methods may share --work, the CSV and the GPU.
 """
 
 from __future__ import annotations

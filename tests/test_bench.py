@@ -6,6 +6,7 @@ import csv
 import importlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -107,6 +108,18 @@ def test_rows_measured_again_replace_the_old_ones(bench: ModuleType, tmp_path: P
     bench.record.merge_rows(path, [{"a": 1, "us": 5}, {"a": 2, "us": 6}], ("a",))
     bench.record.merge_rows(path, [{"a": 2, "us": 7, "new": "x"}], ("a",))
     assert rows_of(path) == [{"a": "1", "us": "5", "new": ""}, {"a": "2", "us": "7", "new": "x"}]
+
+
+def test_writers_of_one_file_lose_no_row(bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+
+    def write(writer: int) -> None:
+        for row in range(20):
+            bench.record.merge_rows(path, [{"a": f"{writer}-{row}", "us": row}], ("a",))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(rows_of(path)) == 80
 
 
 def test_plans_to_try_are_of_every_kernel(bench: ModuleType) -> None:

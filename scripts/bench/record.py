@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,18 +58,31 @@ def merge_rows(path: Path, rows: Sequence[Row], key: Sequence[str]) -> None:
     """Write rows, in place of those with the same ``key`` columns; the other rows stay.
 
     All columns of both are kept, so that results of two versions of a script can share a file.
+    Several processes may write to one file.
     """
-    old: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
-    written = {tuple(str(row[name]) for name in key) for row in rows}
-    kept = [row for row in old if tuple(row.get(name, "") for name in key) not in written]
-    columns = list(dict.fromkeys(name for row in (*rows, *kept) for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")  # a run that is stopped here loses nothing
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-    partial.replace(path)
+    with _alone_in(path.parent):
+        old: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                old = list(csv.DictReader(file))
+        written = {tuple(str(row[name]) for name in key) for row in rows}
+        kept = [row for row in old if tuple(row.get(name, "") for name in key) not in written]
+        columns = list(dict.fromkeys(name for row in (*rows, *kept) for name in row))
+        partial = path.with_suffix(".partial")  # a run that is stopped here loses nothing
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows([*kept, *rows])
+        partial.replace(path)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process is in here for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and the lock with it

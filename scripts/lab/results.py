@@ -32,6 +32,8 @@ class Results:
         return tuple(str(columns[name]) for name in KEY)
 
     def __contains__(self, cell: Cell) -> bool:
+        """Also what another process has added meanwhile."""
+        self.rows = read_rows(self.path)
         key = self.key(cell)
         return any(tuple(row[name] for name in KEY) == key for row in self.rows)
 
