@@ -31,6 +31,8 @@ def test_recipe(path):
     config = SamoyedsConfig.from_recipe(path)
     text = path.read_text()
     assert yaml.safe_load(text)["pattern"] == str(config.pattern)
+    assert config.method == "best"
+    assert config.calibration is None  # whose text it is to be good at, its user knows
 
     # the arithmetic of the comment: shapes that the pattern divides, bytes that it gives
     shapes = re.search(r"hidden (\d+), expert (\d+), (\d+) experts, .* MoE in (\d+) of", text)
