@@ -7,7 +7,7 @@ group of experts, at any time: a layer with more moments than memory is done gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,25 +37,37 @@ class Routed:
         self, experts: range, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """``(expert, tokens [t, H], router weights [t])`` for each batch and expert with tokens."""
-        for hidden, index, weights in zip(self.hidden, self.index, self.weights, strict=True):
-            x, choice = hidden.to(device, non_blocking=True), index.to(device)
-            flat, order = choice.reshape(-1).sort(stable=True)
+        for expert, (x,), weights, _ in self.beside((), experts, device):
+            yield expert, x, weights
+
+    def beside(
+        self, others: Sequence[Sequence[torch.Tensor]], experts: range, device: torch.device
+    ) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor, torch.Tensor]]:
+        """The same with the rows of other streams ``[T, ...]``, batch by batch, beside the tokens.
+
+        Also each choice's share of the squared router weights of its token, ``[t]`` fp32.
+        """
+        streams = zip(self.hidden, *others, strict=True)
+        for batches, index, weights in zip(streams, self.index, self.weights, strict=True):
+            rows = [batch.to(device, non_blocking=True) for batch in batches]
+            flat, order = index.to(device).reshape(-1).sort(stable=True)
             bounds = torch.tensor([*experts, experts.stop], device=device)
             edges = torch.searchsorted(flat, bounds).tolist()  # one wait for a batch
-            routing = weights.to(device).reshape(-1)
+            routing = weights.to(device)
+            shares = _shares(routing).reshape(-1)
+            routing = routing.reshape(-1)
             for expert, start, stop in zip(experts, edges, edges[1:], strict=False):
                 if stop > start:
                     chosen = order[start:stop]
-                    yield expert, x[chosen // index.shape[1]], routing[chosen]
+                    tokens = chosen // index.shape[1]
+                    yield expert, [row[tokens] for row in rows], routing[chosen], shares[chosen]
 
-    def beside(
-        self, dense: Routed, experts: range, device: torch.device
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The same with what each token brings in the dense model ``[t, H]`` as the third."""
-        there = Routed(dense.hidden, self.index, self.weights)
-        pairs = zip(self.by_expert(experts, device), there.by_expert(experts, device), strict=True)
-        for (expert, x, weights), (_, z, _) in pairs:
-            yield expert, x, z, weights
+
+def _shares(router_weights: torch.Tensor) -> torch.Tensor:
+    """``g^2 / sum g^2`` over the choices of each token, ``[T, K]``; 0 where all are 0."""
+    squares = router_weights.float().square()
+    total = squares.sum(dim=-1, keepdim=True)
+    return squares / torch.where(total > 0, total, 1)
 
 
 def gate_up_moments(

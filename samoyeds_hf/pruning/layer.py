@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -166,7 +166,7 @@ class LayerPruner:
         """Prune everything; runs the batches through the layer once, or twice for Linears."""
         if self.dense is not None:
             self.dense.catch({path: module for path, (module, _) in self.routed.items()})
-        with self._catching(self.first, routed=True) as linears:
+        with self._comparing(), self._catching(self.first, routed=True) as linears:
             self.run()
         pruned = [self._prune(weight, linears) for weight in self.first]
         with self._catching(self.second, routed=False) as linears:
@@ -205,6 +205,9 @@ class LayerPruner:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _comparing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.dense is None else self.dense.comparing(self.routed)
 
     def _prune(self, weight: ExpertWeight, linears: Mapping[str, LinearInputs]) -> PrunedWeight:
         start = time.perf_counter()
@@ -275,9 +278,9 @@ class LayerPruner:
             return dense, [()] * len(experts)
         module, routed = self.routed[path]
         if weight in self.second:
-            cross = self.dense.down_cross(path, module, routed, experts)
-        else:
-            cross = self.dense.gate_up_cross(path, routed, experts, weight.stacked)
+            cross, missing = self.dense.down_cross(path, module, routed, experts)
+            return follow_dense(dense, cross, hessian, missing)
+        cross = self.dense.gate_up_cross(path, routed, experts, weight.stacked)
         return follow_dense(dense, cross, hessian)
 
     def _moments(

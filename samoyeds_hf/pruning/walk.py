@@ -163,7 +163,12 @@ class Walk:
             dense = None
             if self.settings.follows_dense:
                 self.dense = list(self.hidden) if self.dense is None else self.dense
-                dense = DenseInputs(partial(self._advance, index, layer, self.dense))
+                dense = DenseInputs(
+                    layer,
+                    run=partial(self._advance, index, layer, self.dense),
+                    outputs=self.dense,
+                    run_one=lambda: next(self._outputs(index, layer, self.hidden)),
+                )
             patterns = self.by_layer[index]
             pruner = LayerPruner(layer, path, patterns, run, self.settings, self.team, dense)
             weights = pruner.prune()
