@@ -48,10 +48,25 @@ def test_better_methods_cost_more(plan: ConversionPlan) -> None:
     assert cost_of(plan, asymmetric=True).operations > cost_of(plan).operations
 
 
+def test_following_the_dense_model_is_counted_from_shapes(plan: ConversionPlan) -> None:
+    # a pass and moments of the dense tokens, and one more pass where the pruned model routes them
+    dense = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 4 * 64
+    experts = 2 * (256 * 64 + 64 * 128)
+    beside = 2 * 64 * 128  # of down's sums with what is missing
+    moments = 2 * (64**2 + 128**2)
+    plain, followed = (
+        cost_of(plan, 2000, asymmetric=a).operations - cost_of(plan, 1000, asymmetric=a).operations
+        for a in (False, True)
+    )
+    found = followed - plain
+    assert found == 2 * 1000 * 2 * (dense + 2 * experts + moments + beside)
+
+
 def test_hidden_states_of_every_token_are_in_memory(plan: ConversionPlan) -> None:
     # twice 64 values of bf16 (the layer's input, the experts'), and 2 choices of int64 and bf16
     assert cost_of(plan, 1000).host_bytes == 1000 * (2 * 64 * 2 + 2 * (8 + 2))
-    assert cost_of(plan, 1000, asymmetric=True).host_bytes == 1000 * (4 * 64 * 2 + 2 * (8 + 2))
+    # followed: those of the dense model too, and what the layer's output lacks
+    assert cost_of(plan, 1000, asymmetric=True).host_bytes == 1000 * (5 * 64 * 2 + 2 * (8 + 2))
 
 
 def test_a_layer_fits(plan: ConversionPlan) -> None:

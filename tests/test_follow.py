@@ -127,9 +127,9 @@ def test_a_conversion_goes_on_with_both_streams(
 ) -> None:
     dense = save_dense(MIXTRAL, tmp_path / "dense")
     config = SamoyedsConfig(
-        PATTERN, "wanda", asymmetric=True, calibration={"data": "x", "samples": 6}
+        PATTERN, "wanda", asymmetric=True, calibration={"data": "x", "samples": 40}
     )
-    data = CalibrationData(tokens(6, 17), "0" * 64, "a test")
+    data = CalibrationData(tokens(40, 17), "0" * 64, "a test")
     monkeypatch.setattr("samoyeds_hf.convert_layers.read_calibration", lambda *_: data)
     convert_checkpoint(dense, tmp_path / "whole", config, progress=False)
     finish = ConversionState.finish

@@ -43,13 +43,14 @@ CONFIG = SamoyedsConfig(
     PATTERN,
     "wanda",
     refine=True,
+    asymmetric=True,
     modules=["experts", "shared_experts"],
-    calibration={"data": "test", "samples": 6, "sequence_length": 17},
+    calibration={"data": "test", "samples": 40, "sequence_length": 17},
 )
 
 
 def data(*_: object) -> CalibrationData:
-    return CalibrationData(tokens(6, 17), "0" * 64, "a test")
+    return CalibrationData(tokens(40, 17), "0" * 64, "a test")
 
 
 def fail_at(layer: int) -> None:
@@ -70,12 +71,13 @@ def run_two(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(str(arguments[1])).with_name("worker.py")
     script.write_text(WORKER)
+    paths = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     return subprocess.run(
         [*command, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from samoyeds_hf.models import reads_intermediate
 from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.pruning.memory import peak_memory
 from samoyeds_hf.pruning.operations import operations
@@ -63,6 +64,7 @@ class _Weight:
     tokens: float  # rows of input that its experts see together
     num_bytes: int
     is_pruned: bool
+    makes_up: bool  # for what the residual stream lacks: down of fused experts
 
 
 def estimate(
@@ -74,7 +76,9 @@ def estimate(
     layers = _weights_by_layer(plan, num_tokens, top_k)
     itemsize = plan.model.dtype.itemsize
     streams = 2 if settings.follows_dense else 1
-    widths = 2 * config.hidden_size * itemsize  # what a layer gets, and what its experts get
+    width = config.hidden_size * itemsize
+    # what a layer gets and what its experts get; followed, also what its output lacks
+    kept = 2 * width if streams == 1 else 5 * width
     return Cost(
         device=device,
         operations=sum(
@@ -82,7 +86,7 @@ def estimate(
         ),
         rate=measure_rate(device),
         device_bytes=max(_device_bytes(weights, settings) for weights in layers.values()),
-        host_bytes=num_tokens * (widths * streams + top_k * (8 + itemsize)),
+        host_bytes=num_tokens * (kept + top_k * (8 + itemsize)),
     )
 
 
@@ -115,17 +119,22 @@ def _weights_by_layer(
             seen = num_tokens * (min(top_k, experts) if is_stacked else 1)
             *_, rows, k = spec.shape
             is_pruned = name in plan.patterns
-            weight = _Weight(experts, rows, k, seen, spec.num_bytes, is_pruned)
+            makes_up = is_pruned and is_stacked and reads_intermediate(name)
+            weight = _Weight(experts, rows, k, seen, spec.num_bytes, is_pruned, makes_up)
             layers.setdefault(index, []).append(weight)
     return layers
 
 
 def _operations(weight: _Weight, settings: PruneSettings) -> float:
     streams = 2 if settings.follows_dense else 1
-    forward = (_PASSES + streams) * 2 * weight.tokens * weight.rows * weight.k
+    one_pass = 2 * weight.tokens * weight.rows * weight.k
+    forward = (_PASSES + streams) * one_pass
     if not weight.is_pruned:
         return forward
+    # dense experts also run on the dense tokens as the pruned model routes them
+    forward += (streams - 1) * one_pass
     moments = 2 * weight.tokens * weight.k**2 * streams
+    moments += (streams - 1) * one_pass * weight.makes_up
     follow = 2.0 * weight.experts * weight.rows * weight.k**2 * (streams - 1)
     shape = (weight.experts, weight.rows, weight.k)
     pruning = operations(*shape, settings.method, settings.refine).total
@@ -141,10 +150,12 @@ def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
     work = []
     for weight in weights:
         if weight.is_pruned:
-            moments = min(4 * weight.experts * weight.k**2, settings.moments_bytes)
-            moments *= 2 if settings.follows_dense else 1
+            group = max(1, min(weight.experts, settings.moments_bytes // (4 * weight.k**2)))
+            moments = 4 * group * weight.k**2
+            if settings.follows_dense:
+                moments += 4 * group * weight.k * (weight.k + weight.rows * weight.makes_up)
             one = peak_memory(1, weight.rows, weight.k, settings.method, settings.refine)
-            work.append(max(moments, 4 * weight.k**2) + one)
+            work.append(moments + one)
     return held + max(work, default=0)
 
 
