@@ -35,7 +35,8 @@ class SamoyedsConfig(QuantizationConfigMixin):
         method: how weights are chosen, a name in :data:`samoyeds_hf.pruning.METHODS`.
         refine: least squares on the chosen weights after the method.
         asymmetric: prune each layer towards what the dense model makes of the same tokens, so that
-            it makes up for errors of the layers before it; ``best`` always does.
+            it makes up for errors of the layers before it, down also for those that attention and
+            routing add to the residual stream; ``best`` always does.
         permute: reorder the neurons of each expert before it is pruned, to suit the pattern; the
             function of the dense model stays, the order of its weights does not.
         budget: the share of weights that ``--budget`` was asked to drop; what it chose is in
