@@ -50,7 +50,6 @@ struct Layout {
   Pattern pattern;
   int rows, cols;     // dense m, k
   int kept;           // kept rows
-  int places;         // kept rows or, of kStepped, blocks of rows: what tiles, or threes, hold
   int rows_per_tile;  // 16, or of general patterns as many whole blocks of N as fit
   int tiles;
   int blocks;  // along k
@@ -59,6 +58,9 @@ struct Layout {
   bool interleaved;           // rows 0..7 of a tile are gate rows, rows 8..15 their up rows
   std::int64_t index_offset;  // of the index bytes in an expert
   std::int64_t expert_bytes;
+  // Kept rows or, of kStepped, blocks of rows: what tiles, or threes of them, hold. NOTE: the last
+  // member, because kernels read the others two and four at a time.
+  int places;
 };
 
 SAMOYEDS_HOST_DEVICE constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }

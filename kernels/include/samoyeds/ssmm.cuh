@@ -46,10 +46,10 @@ __device__ __forceinline__ void multiply_live(typename Shape::Accumulators& acc,
   if constexpr (kSwitchPeriod != kAnyPeriod) {
     multiply_block<T, kSwitchPeriod, kLive>(acc, weights, tokens);
   } else {
-    if constexpr (!Shape::kIsStepped) {
-      if (period == 0) return multiply_block<T, 0, kLive>(acc, weights, tokens);
-    }
     switch (period) {
+      case 0:  // not of (3, 4, V)
+        if constexpr (!Shape::kIsStepped) multiply_block<T, 0, kLive>(acc, weights, tokens);
+        return;
       case 1:
         return multiply_block<T, 1, kLive>(acc, weights, tokens);
       case 2:
