@@ -47,7 +47,6 @@ SIZES = {
     "1:2:128": (640, 384),  # the only one that the Hopper kernel serves
     "3:4:32": (672, 416),  # the last tiles of down hold 8 blocks of rows
     "3:4:64": (704, 448),
-    "3:4:96": (672, 288),
     "3:4:128": (640, 384),
     "2:4": (648, 392),
 }
