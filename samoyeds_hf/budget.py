@@ -41,7 +41,7 @@ def with_budget(
         config: method, calibration, and a pattern, whose V the candidates have.
         budget: share of weights that is dropped, at least: 0.75.
         candidates: patterns to choose from; by default five with the V of the configuration's,
-            of which only (1,2,V) and 2:4 have fast kernels.
+            of which only (1,2,V), (3,4,V) and 2:4 have fast kernels.
         destination: of a conversion that may have begun; what was chosen for it is chosen again.
         device: where to compute; None is the GPU, where there is one.
         progress: show a progress bar on stderr.

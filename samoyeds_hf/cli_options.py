@@ -51,8 +51,8 @@ Budget = Annotated[
 Candidates = Annotated[
     str | None,
     typer.Option(
-        help="With --budget: the patterns to choose from, with commas. 1:2:64,2:4 have fast "
-        "kernels.  [default: from 1:4:V to 2:4]"
+        help="With --budget: the patterns to choose from, with commas. 1:2:64,3:4:64,2:4 have "
+        "fast kernels.  [default: from 1:4:V to 2:4]"
     ),
 ]
 Recover = Annotated[

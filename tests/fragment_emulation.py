@@ -20,7 +20,8 @@ from samoyeds_hf.format import SparseWeight, stored_shapes
 NAME = "m16k128.v1"
 TILE_ROWS = 16  # kept rows of a tile
 BLOCK_COLS = 128  # dense columns of a block
-DENSE24, SWITCHED, GENERAL = "dense24", "switched", "general"
+DENSE24, SWITCHED, STEPPED, GENERAL = "dense24", "switched", "stepped", "general"
+SLOTS = 3  # of a block of (3, 4, V), each in a tile of its own
 EMPTY_NIBBLE = 4  # positions 0 and 1: of rows and columns that do not exist
 
 
@@ -38,7 +39,13 @@ class Layout:
         n, m, v = self.pattern.n, self.pattern.m, self.pattern.sub_row(self.cols)
         if n == m:
             return DENSE24
-        return SWITCHED if (n, m) == (1, 2) and v % 32 == 0 else GENERAL
+        kinds = {(1, 2): SWITCHED, (3, 4): STEPPED}
+        return kinds.get((n, m), GENERAL) if v % 32 == 0 else GENERAL
+
+    @property
+    def has_switches(self) -> bool:
+        """A bit a step says which of two dense rows a kept row belongs to."""
+        return self.kind in (SWITCHED, STEPPED)
 
     @property
     def is_interleaved(self) -> bool:
@@ -58,6 +65,10 @@ class Layout:
 
     @property
     def tiles(self) -> int:
+        if self.kind == STEPPED:
+            blocks_of_rows = self.rows // self.pattern.m
+            halves = self.is_interleaved
+            return SLOTS * (ceil(blocks_of_rows / 2 / 8) if halves else ceil(blocks_of_rows / 16))
         if self.is_interleaved:
             return ceil(self.kept / 2 / 8)
         return ceil(self.kept / self.rows_per_tile)
@@ -68,7 +79,7 @@ class Layout:
 
     @property
     def block_bytes(self) -> int:
-        return 2304 + (16 if self.kind == SWITCHED else 0)
+        return 2304 + (16 if self.has_switches else 0)
 
     @property
     def sub_rows(self) -> int:
@@ -85,6 +96,8 @@ class Layout:
 
     def kept_row(self, tile: int, row: int) -> int | None:
         """Kept row that row 0..15 of a tile holds."""
+        if self.kind == STEPPED:
+            return self._slot_of_block(tile // SLOTS, tile % SLOTS, row)
         if self.is_interleaved:
             half = self.kept // 2
             low = 8 * tile + row % 8
@@ -93,6 +106,21 @@ class Layout:
             return low + half if row >= 8 else low
         kept = tile * self.rows_per_tile + row
         return kept if row < self.rows_per_tile and kept < self.kept else None
+
+    def _slot_of_block(self, three: int, slot: int, row: int) -> int | None:
+        """Rows of three tiles are blocks: 16 in a row or, with gate and up, 8 and 8 of each."""
+        blocks_of_rows = self.rows // self.pattern.m
+        if self.is_interleaved:
+            half = blocks_of_rows // 2
+            block = 8 * three + row % 8
+            if block >= half:
+                return None
+            block += half if row >= 8 else 0
+        else:
+            block = 16 * three + row
+            if block >= blocks_of_rows:
+                return None
+        return SLOTS * block + slot
 
 
 def value_byte(row: int, column: int) -> int:
@@ -144,7 +172,7 @@ def places(layout: Layout) -> Places:
                         nibbles[kept, group] = place
                     else:
                         unused.append(place)
-                if layout.kind == SWITCHED and kept is not None:
+                if layout.has_switches and kept is not None:
                     for step in range(4):
                         column = min(block * BLOCK_COLS + 32 * step, layout.cols - 1)
                         byte = start + 2304 + 4 * step + row // 8
@@ -180,7 +208,8 @@ def pack(
         nibbles[where.nibble[:, 1::2]] = meta[expert] >> 4
         out |= nibbles[0::2] | nibbles[1::2] << 4
         for kept, sub_row, byte, bit in where.switch:
-            out[byte] |= int(index[expert, kept, sub_row] == 1) << bit
+            slot = kept % pattern.n
+            out[byte] |= int(index[expert, kept, sub_row] == slot + 1) << bit
         for kept, sub_row, byte in where.index:
             out[byte] = index[expert, kept, sub_row]
     return torch.from_numpy(packed)
@@ -208,7 +237,7 @@ def unpack(
         if layout.kind == DENSE24:  # every row is kept, in its own place
             index[expert] = (np.arange(layout.kept) % pattern.n)[:, None]
         for kept, sub_row, byte, bit in where.switch:
-            index[expert, kept, sub_row] = bytes_in[byte] >> bit & 1
+            index[expert, kept, sub_row] = kept % pattern.n + (bytes_in[byte] >> bit & 1)
         for kept, sub_row, byte in where.index:
             index[expert, kept, sub_row] = bytes_in[byte]
     return SparseWeight(

@@ -39,10 +39,11 @@ class Gpu(NamedTuple):
 class Product(NamedTuple):
     """What a plan is for: a weight ``[m, k]``."""
 
-    v: int  # of (1, 2, V); 0: N == M
+    v: int  # of (1, 2, V) or (3, 4, V); 0: N == M
     rows: int  # m
     cols: int  # k
     may_split: bool = False  # the down product
+    slots: int = 1  # N of (1, 2, V) or (3, 4, V)
 
     @property
     def blocks(self) -> int:
@@ -50,9 +51,15 @@ class Product(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of 16 kept rows."""
-        kept = self.rows // 2 if self.v else self.rows
-        return -(-kept // 16)
+        """Of 16 kept rows; each slot of a block has tiles of its own."""
+        if not self.v:
+            return -(-self.rows // 16)
+        blocks_of_rows = self.rows // (self.slots + 1)
+        return self.slots * -(-blocks_of_rows // 16)
+
+    @property
+    def is_stepped(self) -> bool:
+        return self.v > 0 and self.slots == 3
 
 
 class Instance(NamedTuple):
@@ -81,12 +88,17 @@ class Instance(NamedTuple):
     @property
     def needs_sm90a(self) -> bool:
         """Its accumulators take registers from the warps that load."""
-        return self.m_frags * self.n_frags > 8
+        return self.m_frags * self.n_frags > 12
+
+    @property
+    def is_stepped(self) -> bool:
+        """For (3, 4, V) only: a warp holds all three slots of a block."""
+        return self.m_frags % 3 == 0
 
     @property
     def most_blocks_per_sm(self) -> int:
         """As its registers allow."""
-        return 1 if self.m_frags * self.n_frags > 4 else 2
+        return 1 if self.m_frags * self.n_frags > (6 if self.is_stepped else 4) else 2
 
     def stages(self, product: Product) -> range:
         """How many there may be; the Hopper kernel has its number compiled in."""
@@ -108,9 +120,13 @@ class Instance(NamedTuple):
         # Pipeline, sums of the other parts of k, barriers, addresses.
         tiles = self.m_frags * self.warps_m
         stage = self.warps_k * (tiles * BLOCK_BYTES + self.tokens * TOKEN_BYTES)
-        floats = 2 * 4 * self.m_frags * self.n_frags  # that a lane hands over
+        # A lane hands over two sums of each accumulator, but those that a block's slots share once.
+        sums_of_rows = self.m_frags // 3 * 4 if self.is_stepped else self.m_frags * 2
+        floats = 4 * sums_of_rows * self.n_frags
         sums = (WARPS - WARPS // self.warps_k) * floats * LANES * 4
-        return stages * stage + sums + 2 * MAX_STAGES * 8 + self.tokens * 8
+        # What the instance of the largest tiles has beside these is held back from all.
+        most_tokens = max(each.tokens for each in INSTANCES if not each.is_hopper)
+        return stages * stage + sums + 2 * MAX_STAGES * 8 + most_tokens * 8
 
     def _hopper_shared_bytes(self, product: Product) -> int:
         """Pipeline with its barriers, staged results, and what aligns the tokens."""
@@ -161,6 +177,7 @@ def broken_rules(plan: PlanNumbers, product: Product, gpu: Gpu) -> list[str]:
     shared_bytes = instance.shared_bytes(plan.stages, product)
     rules = {
         "compute capability 9.0": not instance.needs_sm90a or gpu.capability == 90,
+        "(3, 4, V)": instance.is_stepped == product.is_stepped,
         "blocks_per_sm": 1 <= plan.blocks_per_sm <= instance.most_blocks_per_sm,
         "bytes of shared memory": shared_bytes <= gpu.block_shared_bytes,
     }
@@ -171,7 +188,8 @@ def broken_rules(plan: PlanNumbers, product: Product, gpu: Gpu) -> list[str]:
         rules[f"1 split and {stages} stages"] = (plan.splits, plan.stages) == (1, stages)
     else:
         # The largest have no registers left for rows that switch every 32 columns.
-        rules["multiple of 64"] = not instance.needs_sm90a or product.v % 64 == 0
+        is_short = instance.needs_sm90a and not instance.is_stepped
+        rules["multiple of 64"] = not is_short or product.v % 64 == 0
         rules["stages"] = plan.stages in instance.stages(product)
         rules["splits"] = 1 <= plan.splits <= (product.blocks if product.may_split else 1)
     return [words for words, holds in rules.items() if not holds]

@@ -533,6 +533,7 @@ def test_many_rows_choose_it(seed: int) -> None:
 
 FALLBACKS = {  # and whether it is the down product that could have it
     "k of down is no multiple of 128": (Shape(2000, 3, 2, 512, 704, "1:2:64", "1:2:64"), False),
+    "down is 3 of 4": (Shape(2000, 3, 2, 512, 640, "1:2:64", "3:4:64"), False),
     "down is general": (Shape(2000, 3, 2, 512, 640, "1:2:64", "4:8:32"), False),
     "up is general": (Shape(2000, 3, 2, 512, 640, "4:8:32", "1:2:64"), True),
 }

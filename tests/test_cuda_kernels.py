@@ -44,14 +44,16 @@ def seed() -> int:
 # --- shapes that Hypothesis draws ------------------------------------------------------------
 
 SIZES = (8, 16, 24, 40, 64, 72, 96, 128, 136, 192, 256, 384, 512, 1408)
-FAST = [f"{n}:{m}:{v}" for n, m in ((1, 2), (2, 2), (4, 4)) for v in (32, 64, 96, 128, 256)]
+FAST_ROWS = ((1, 2), (3, 4), (2, 2), (4, 4))
+FAST = [f"{n}:{m}:{v}" for n, m in FAST_ROWS for v in (32, 64, 96, 128, 256)]
 GENERAL = ["4:8:32", "8:16:64", "3:5:8", "1:16:64", "1:2:4", "1:2:16", "15:16:8", "16:16:8"]
+GENERAL += ["3:4:4", "3:4:16", "2:3:32", "7:8:32"]
 MAX_ELEMENTS = 1 << 25  # of a dense weight with all experts
 
 
 def fitting(rows: int, k: int) -> list[str]:
     """The patterns that divide a weight ``[rows, k]``; the whole row is a Sub-Row too."""
-    whole_row = [f"{n}:{m}:{k}" for n, m in ((1, 2), (2, 2), (4, 8), (3, 5), (15, 16))]
+    whole_row = [f"{n}:{m}:{k}" for n, m in ((1, 2), (3, 4), (2, 2), (4, 8), (3, 5), (15, 16))]
     found = []
     for text in dict.fromkeys(["2:4", *FAST, *whole_row, *GENERAL]):
         try:
@@ -143,6 +145,17 @@ NASTY = {
     "long rows, few columns": Shape(40, hidden=4096, inner=64, up="1:2:128"),
     "V = 96 straddles blocks": Shape(40, hidden=384, inner=288, up="1:2:96", down="1:2:96"),
     "V = 256, two blocks": Shape(40, hidden=768, inner=256, up="1:2:256", down="1:2:256"),
+    "3 of 4, 2 blocks of gate rows": Shape(21, hidden=32, inner=8, up="3:4:32", down="3:4:4"),
+    "3 of 4, k one step over a block": Shape(21, hidden=160, inner=288, up="3:4:32", down="3:4:32"),
+    "3 of 4, 10 blocks of gate rows": Shape(21, hidden=224, inner=40, up="3:4:32", down="2:4"),
+    "3 of 4, 18 blocks of rows": Shape(21, hidden=72, inner=96, up="3:4:8", down="3:4:32"),
+    "3 of 4, Sub-Row = row": Shape(37, hidden=256, inner=160, up="3:4:256", down="3:4:160"),
+    "3 of 4, V = 96 straddles blocks": Shape(40, hidden=384, inner=288, up="3:4:96", down="3:4:96"),
+    "3 of 4, 11 x 128 columns": Shape(90, hidden=2048, inner=1408, up="3:4:128", down="3:4:128"),
+    "3 of 4 and 1 of 2": Shape(90, hidden=256, inner=384, up="3:4:64", down="1:2:128"),
+    "1 of 2 and 3 of 4": Shape(90, hidden=256, inner=384, up="1:2:128", down="3:4:64"),
+    "3 of 4 and general": Shape(40, hidden=128, inner=128, up="3:4:128", down="4:8:32"),
+    "general and 3 of 4": Shape(40, hidden=128, inner=128, up="4:8:32", down="3:4:128"),
     "N = M with V": Shape(40, hidden=256, inner=136, up="2:2:64", down="4:4:8"),
     # A block of 16 rows holds the last gate rows and the first up rows: they cannot share a tile.
     "a block across gate and up": Shape(40, hidden=64, inner=24, up="16:16:8", down="2:4"),
@@ -157,6 +170,7 @@ NASTY = {
     "routing weights in bf16": Shape(40, top_k=8, weights_dtype=torch.bfloat16),
     "routing weights in fp16": Shape(40, top_k=8, weights_dtype=torch.float16),
     "prefill": Shape(4096, experts=8, hidden=512, inner=448, up="1:2:128", down="1:2:64"),
+    "prefill of 3 of 4": Shape(4096, experts=8, hidden=512, inner=448, up="3:4:128", down="3:4:64"),
     "prefill of 2:4": Shape(4096, experts=8, hidden=512, inner=448, up="2:4", down="2:4"),
     "prefill, general": Shape(2048, experts=8, hidden=256, inner=160, up="4:8:32", down="8:16:32"),
 }
@@ -189,7 +203,7 @@ def test_most_tokens(shape: Shape, seed: int) -> None:
 @pytest.mark.parametrize(
     "tokens", [*range(1, 18), 24, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 )
-@pytest.mark.parametrize("text", ["1:2:64", "1:2:128", "2:4", "4:8:64"])
+@pytest.mark.parametrize("text", ["1:2:64", "1:2:128", "3:4:64", "3:4:128", "2:4", "4:8:64"])
 def test_every_number_of_tokens_around_a_tile(text: str, tokens: int, seed: int) -> None:
     shape = Shape(tokens, experts=2, top_k=1, hidden=256, inner=192, up=text, down="1:2:64")
     check_mlp(random_layer(shape, torch.bfloat16, seed))
@@ -221,7 +235,7 @@ def test_unread_experts_do_not_show(seed: int) -> None:
 
 
 @both_dtypes
-@pytest.mark.parametrize("text", ["2:4", "1:2:64", "2:2:8", "1:1:64"])
+@pytest.mark.parametrize("text", ["2:4", "1:2:64", "3:4:64", "2:2:8", "1:1:64"])
 def test_sum_over_choices_is_in_fp32_and_in_order(dtype: torch.dtype, text: str) -> None:
     """2^14 + 2^-12 - 2^14 is 0 in fp32, and 2^-12 in another order of the same three."""
     rows = torch.tensor([2.0**14, 2.0**-12, -(2.0**14)], device="cuda").to(dtype)

@@ -74,6 +74,12 @@ PACKED = [
     ("1:2:128", 5, 144, 384),
     ("1:2:160", 2, 48, 160),  # Sub-Row = row
     ("1:2:256", 2, 32, 512),
+    ("3:4:32", 3, 72, 160),  # 9 blocks of rows of gate, 18 in all
+    ("3:4:32", 1, 8, 32),
+    ("3:4:64", 2, 68, 192),  # a block across gate and up
+    ("3:4:96", 2, 128, 288),
+    ("3:4:128", 5, 144, 384),
+    ("3:4:16", 2, 48, 144),
     ("1:2:4", 2, 48, 136),
     ("1:2:24", 2, 24, 24),
     ("4:8:32", 3, 48, 160),
@@ -550,7 +556,7 @@ def test_nothing_is_allocated_on_the_device() -> None:
 
 def test_calls_do_not_wait_for_the_device() -> None:
     """Everything returns while the stream is still busy with something else."""
-    patterns = ("1:2:32", "2:4", "4:8:32")
+    patterns = ("1:2:32", "3:4:32", "2:4", "4:8:32")
     for shape in (*(Shape(100, experts=4, up=text, down=text) for text in patterns), FOR_HOPPER):
         layer = random_layer(shape, torch.bfloat16, 0)
         routing = make_routing(layer.top_k_index, layer.top_k_weights)
@@ -603,6 +609,7 @@ def test_callers_device_is_left_as_it_was() -> None:
 # --- bad data that was forced through --------------------------------------------------------
 
 KINDS = ["2:4", "4:4:32", "1:2:32", "1:2:64", "1:2:128", "1:2:8", "4:8:32", "3:5:8", "1:16:32"]
+KINDS += ["3:4:32", "3:4:64"]
 
 
 def check_that_nothing_foreign_is_touched(layer: Layer) -> None:
@@ -626,7 +633,7 @@ def layer_of(text: str, seed: int) -> Layer:
         text, (128, 160 if text != "1:2:128" else 128)
     )
     hidden, inner = sizes
-    if inner % 64 and text == "1:2:64":
+    if inner % 64 and text in ("1:2:64", "3:4:64"):
         inner = 192
     shape = Shape(70, experts=3, hidden=hidden, inner=inner, up=text, down=text)
     return random_layer(shape, torch.bfloat16, seed)
@@ -667,7 +674,7 @@ def test_random_bytes_as_a_packed_weight(text: str) -> None:
 
 def test_neighbours_of_a_bad_expert_are_right() -> None:
     """Garbage in one expert changes the tokens of that expert alone."""
-    for text in ("1:2:32", "2:4", "4:8:32"):
+    for text in ("1:2:32", "3:4:32", "2:4", "4:8:32"):
         layer = layer_of(text, random_seed())
         clean = moe_mlp(layer)
         for weight in (layer.gate_up, layer.down):

@@ -215,7 +215,7 @@ def test_generation_in_fp16(name: str) -> None:
     check_generation(make_case(BY_NAME[name], torch.float16))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:2:16", "4:8:32", "2:2:32"])
+@pytest.mark.parametrize("pattern", ["2:4", "3:4:32", "1:2:16", "4:8:32", "2:2:32"])
 def test_generation_with_other_patterns(pattern: str) -> None:
     check_generation(make_case(MIXTRAL, config=SamoyedsConfig(pattern)))
 

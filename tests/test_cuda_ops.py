@@ -433,7 +433,7 @@ def test_helpers_make_valid_tensors() -> None:
     """What these tests feed to the kernels obeys the format."""
     from samoyeds_hf.format import validate
 
-    for text in ("2:4", "1:2:32", "4:8:8", "3:5:8", "15:16:40", "1:16:4"):
+    for text in ("2:4", "1:2:32", "3:4:32", "4:8:8", "3:5:8", "15:16:40", "1:16:4"):
         pattern = SparsityPattern.parse(text)
         shape = (2, 5 * 16 * 9, 160)
         validate(random_stored(shape, pattern, torch.bfloat16, generator(0)), pattern, shape)

@@ -45,6 +45,9 @@ SIZES = {
     "1:2:64": (704, 448),
     "1:2:96": (672, 288),  # Sub-Rows across blocks
     "1:2:128": (640, 384),  # the only one that the Hopper kernel serves
+    "3:4:32": (672, 416),  # the last tiles of down hold 8 blocks of rows
+    "3:4:64": (704, 448),
+    "3:4:128": (640, 384),
     "2:4": (648, 392),
 }
 each_instance = pytest.mark.parametrize(
@@ -67,7 +70,10 @@ def products_of(text: str) -> tuple[Product, Product]:
     hidden, inner = SIZES[text]
     pattern = SparsityPattern.parse(text)
     v = 0 if pattern.n == pattern.m else pattern.sub_row(hidden)
-    return Product(v, 2 * inner, hidden), Product(v, hidden, inner, may_split=True)
+    return (
+        Product(v, 2 * inner, hidden, slots=pattern.n),
+        Product(v, hidden, inner, may_split=True, slots=pattern.n),
+    )
 
 
 def make_reference(tokens: int, text: str, dtype: torch.dtype, seed: int) -> Reference:
@@ -109,7 +115,9 @@ def test_what_the_rules_allow_is_taken_and_nothing_else(text: str) -> None:
                 if not (says_why if broken else found is None):
                     wrong.append(f"{plan}: {found!r}, but {broken}")
     assert not wrong, "\n".join(wrong[:20])
-    assert all(taken[instance] for instance in INSTANCES if not instance.needs_sm90a)
+    is_stepped = products_of(text)[0].is_stepped
+    ours = [instance for instance in INSTANCES if instance.is_stepped == is_stepped]
+    assert all(taken[instance] for instance in ours if not instance.needs_sm90a)
     assert gpu.capability != 90 or taken[HOPPER] == (2 if text == "1:2:128" else 0)
 
 
@@ -118,7 +126,7 @@ def test_no_kernel_but_the_compiled_ones() -> None:
     sizes = (1, 2, 4, 8)
     others = {
         Instance(*frags, *warps, cluster)
-        for frags in itertools.product(sizes, (*sizes, HOPPER.n_frags))
+        for frags in itertools.product((*sizes, 3, 6), (*sizes, 3, 6, HOPPER.n_frags))
         for warps in itertools.product(sizes, repeat=3)
         for cluster in (0, 1, 2, 4)
     } - set(INSTANCES)
@@ -182,8 +190,11 @@ def test_each_legal_plan_is_right(instance: Instance, text: str) -> None:
 @each_instance
 def test_each_legal_plan_of_a_linear(instance: Instance, m: int, k: int) -> None:
     rng, gpu = generator(random_seed()), Gpu.current()
-    weight = random_weight((1, m, k), "2:4", torch.bfloat16, rng)
-    product = Product(0, m, k)
+    text, product = "2:4", Product(0, m, k)
+    if instance.is_stepped:
+        k = k // 32 * 32
+        text, product = "3:4:32", Product(32, m, k, slots=3)
+    weight = random_weight((1, m, k), text, torch.bfloat16, rng)
     many = plans.tokens_for_three_rounds(instance, product, gpu)
     for rows in (2 * instance.tokens + 3, many):
         x = torch.randn(rows, k, generator=rng, device=rng.device).bfloat16()
@@ -219,7 +230,7 @@ def test_the_heuristics_are_printable() -> None:
 
 
 BAD_NUMBERS = {
-    "m_frags": (0, -1, 3, 8, 1 << 40),
+    "m_frags": (0, -1, 3, 8, 1 << 40),  # 3: of instances for (3, 4, V)
     "n_frags": (0, -1, 3, 16, HOPPER.n_frags, 1 << 32 | 1),
     "warps_m": (0, -1, 3, 16),
     "warps_n": (0, -1, 3, 16),

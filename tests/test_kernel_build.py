@@ -229,6 +229,9 @@ def test_library_loads_without_gpu(library: Path) -> None:
     weight = Weight(num_experts=2, rows=64, cols=128, n=1, m=2, v=32)
     num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(weight))
     assert num_bytes == 2 * 2 * (2304 + 16)  # two tiles of 16 kept rows, one block of 128 columns
+    three_of_four = Weight(num_experts=2, rows=72, cols=128, n=3, m=4, v=32)
+    num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(three_of_four))
+    assert num_bytes == 2 * 2 * 3 * (2304 + 16)  # 16 blocks of rows and 2 more, each in three tiles
     weight.cols = 126
     assert found.handle.samoyeds_packed_bytes(ctypes.byref(weight)) < 0
     assert "126" in found.handle.samoyeds_last_error().decode()

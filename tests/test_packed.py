@@ -15,7 +15,7 @@ import emulated_kernels
 import fragment_emulation
 import pytest
 import torch
-from fragment_emulation import DENSE24, GENERAL, SWITCHED, Layout
+from fragment_emulation import DENSE24, GENERAL, STEPPED, SWITCHED, Layout
 from helpers import assert_same_bits, random_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -48,9 +48,10 @@ def random_stored(
 def weights(draw: Any) -> tuple[int, int, int, str]:
     """E, rows, cols and pattern: every kind, tails in rows and columns."""
     n, m = draw(
-        st.sampled_from([(1, 1), (2, 2), (1, 2), (1, 4), (3, 5), (8, 16), (15, 16), (7, 9)])
+        st.sampled_from([(1, 1), (2, 2), (1, 2), (1, 4), (3, 4), (3, 5), (8, 16), (15, 16), (7, 9)])
     )
-    v = 8 * draw(st.integers(1, 40)) if (n, m) == (1, 2) else 4 * draw(st.integers(1, 12))
+    switches = (n, m) in ((1, 2), (3, 4))
+    v = 8 * draw(st.integers(1, 40)) if switches else 4 * draw(st.integers(1, 12))
     cols = v * draw(st.integers(1, max(1, 300 // v)))
     cols = cols if cols % 8 == 0 else 2 * cols
     rows = m * draw(st.integers(1, max(1, 40 // m)))
@@ -67,6 +68,10 @@ def weights(draw: Any) -> tuple[int, int, int, str]:
 @example((1, 34, 136, "1:2:136"), BF16, True, 0)  # V is no multiple of 32
 @example((1, 64, 1408, "1:2:128"), BF16, True, 0)
 @example((1, 32, 288, "1:2:96"), torch.float16, False, 0)  # Sub-Rows across blocks
+@example((2, 72, 160, "3:4:32"), BF16, True, 0)  # 9 blocks of gate rows: one more than a half tile
+@example((1, 68, 192, "3:4:64"), BF16, False, 0)  # 17 blocks: one more than a tile has rows
+@example((1, 36, 96, "3:4:96"), torch.float16, True, 0)  # a block across gate and up
+@example((1, 16, 288, "3:4:96"), BF16, False, 0)  # Sub-Rows across blocks of columns
 def test_round_trip(
     weight: tuple[int, int, int, str], dtype: torch.dtype, is_gate_up: bool, seed: int
 ) -> None:
@@ -93,7 +98,12 @@ def test_round_trip(
         ("4:4:32", 36, True, DENSE24, False),  # a block across gate and up
         ("1:2:32", 64, True, SWITCHED, True),
         ("1:2:32", 66, True, SWITCHED, False),
+        ("3:4:32", 64, True, STEPPED, True),
+        ("3:4:64", 72, False, STEPPED, False),
+        ("3:4:32", 68, True, STEPPED, False),  # a block across gate and up
         ("1:2:16", 64, True, GENERAL, False),
+        ("3:4:16", 64, True, GENERAL, False),
+        ("2:3:32", 48, True, GENERAL, False),
         ("4:8:32", 64, True, GENERAL, False),
     ],
 )
@@ -105,6 +115,14 @@ def test_kinds(text: str, rows: int, is_gate_up: bool, kind: str, is_interleaved
     if is_interleaved:  # what one thread holds, 8 rows apart, is a gate and its up row
         half = layout.kept // 2
         assert all(held[i + 8] == held[i] + half for i in range(8))
+    if kind == STEPPED:  # what one thread holds, three tiles one after another, is a block
+        for start in range(0, len(held), 3 * 16):
+            for row in range(start, start + 16):
+                if held[row] is not None:
+                    assert held[row] % 3 == 0
+                    assert [held[row + 16], held[row + 32]] == [held[row] + 1, held[row] + 2]
+                else:
+                    assert held[row + 16] is held[row + 32] is None
 
 
 # Packs one expert with nothing but the header: N M V rows cols is_gate_up as arguments, canonical
@@ -154,10 +172,11 @@ int main(int, char** argv) {
           word |= nibble << meta_shift(row, g);
           std::memcpy(at + meta_offset(row, g), &word, 4);
         }
-        for (int step = 0; l.kind == Kind::kSwitched && step < kStepsPerBlock; ++step) {
+        for (int step = 0; switches_rows(l) && step < kStepsPerBlock; ++step) {
           int column = block * kBlockCols + step * kStepCols;
           column = column < cols ? column : cols - 1;
-          const unsigned bit = kept >= 0 && index[kept * sub_rows + column / pattern.v] == 1;
+          const unsigned bit = kept >= 0 && index[kept * sub_rows + column / pattern.v] ==
+                                                switched_index(l, kept, 1);
           std::uint32_t word;
           std::memcpy(&word, at + kRowsOffset + 4 * step, 4);
           word |= bit << row;
@@ -191,6 +210,13 @@ def test_header_says_the_same(tmp_path: Path) -> None:
         ("1:2:160", 48, 160),
         ("1:2:256", 32, 512),
         ("1:2:24", 24, 72),
+        ("3:4:32", 72, 160),
+        ("3:4:32", 68, 96),
+        ("3:4:64", 128, 192),
+        ("3:4:96", 136, 288),
+        ("3:4:128", 64, 384),
+        ("3:4:256", 8, 256),
+        ("3:4:24", 48, 72),
         ("4:8:32", 48, 160),
         ("8:16:64", 96, 64),
         ("3:5:8", 40, 136),

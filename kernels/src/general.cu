@@ -1,5 +1,5 @@
-// Patterns that are neither N == M nor (1, 2, V) with V a multiple of 32: right for every
-// N <= M <= 16 and every V, not fast.
+// Patterns that are neither N == M nor, with V a multiple of 32, (1, 2, V) or (3, 4, V): right for
+// every N <= M <= 16 and every V, not fast.
 //
 // One warp computes one tile of up to 16 kept rows, whole blocks of N, x 8 tokens. Whenever a
 // Sub-Row ends, its sums go to the dense rows that the index names, in shared memory. Sub-Rows that

@@ -78,14 +78,14 @@ __global__ void pack_kernel(Layout l, int num_experts, std::uint8_t* packed,
     *reinterpret_cast<std::uint32_t*>(block + kMetaOffset + word * kMetaPairBytes + p.lane * 4) =
         bits;
   }
-  if (l.kind == Kind::kSwitched && p.lane < kStepsPerBlock) {
+  if (switches_rows(l) && p.lane < kStepsPerBlock) {
     const int column = min(p.block * kBlockCols + p.lane * kStepCols, l.cols - 1);
     std::uint32_t bits = 0;
     for (int row = 0; row < kTileRows; ++row) {
       const int kept = kept_row_of(l, p.tile, row);
       if (kept < 0) continue;
       const Index found = index[(first_row + kept) * c.index_row + column / l.pattern.v];
-      bits |= static_cast<std::uint32_t>(found == 1) << row;
+      bits |= static_cast<std::uint32_t>(found == switched_index(l, kept, 1)) << row;
     }
     *reinterpret_cast<std::uint32_t*>(block + kRowsOffset + p.lane * 4) = bits;
   }
@@ -119,7 +119,7 @@ __global__ void index_kernel(Layout l, std::uint8_t* packed, Index* index) {
     const std::uint8_t* words = base + block_offset(l, tile, column / kBlockCols) + kRowsOffset;
     const std::uint32_t word =
         *reinterpret_cast<const std::uint32_t*>(words + column % kBlockCols / kStepCols * 4);
-    index[place] = static_cast<Index>(word >> row & 1);
+    index[place] = static_cast<Index>(switched_index(l, kept, word >> row & 1));
   }
 }
 

@@ -125,7 +125,8 @@ const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype) {
 
 bool may_use_hopper(const Device& device, const Layout& layout, bool is_down) {
   // Whole blocks of k, and whole slabs; combine() expects the down product's columns in order.
-  return device.capability == 90 && layout.kind != Kind::kGeneral &&
+  return device.capability == 90 &&
+         (layout.kind == Kind::kDense24 || layout.kind == Kind::kSwitched) &&
          !(is_down && layout.interleaved) && layout.cols % kBlockCols == 0 &&
          layout.rows % kSlabRows == 0;
 }
@@ -147,6 +148,12 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
   }
   if (variant->needs_sm90a && device.capability != 90) {
     return unsupported("this plan needs a GPU of compute capability 9.0, found another");
+  }
+  if (!serves(*variant, layout)) {
+    return unsupported(layout.kind == Kind::kStepped
+                           ? "(3, 4, V) needs a plan of 3 fragments of rows a warp, found " +
+                                 std::to_string(plan.m_frags)
+                           : "this plan needs a weight with the pattern (3, 4, V), found another");
   }
   if (!kernel_for(*variant, layout)) {
     return unsupported("this plan needs a V that is a multiple of 64");
@@ -191,15 +198,16 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
                          bool allows_hopper) {
   const Load load = expected_load(num_experts, num_tokens, top_k);
   for (const Rule& rule : kRules) {
+    const SsmmVariant& variant = *find_variant(rule.plan, SAMOYEDS_BF16);
     const bool may_run =
-        device.capability >= rule.min_capability && device.capability <= rule.max_capability &&
-        (layout.kind != Kind::kSwitched || rule.v_step == 0 || layout.pattern.v % rule.v_step == 0);
+        serves(variant, layout) && device.capability >= rule.min_capability &&
+        device.capability <= rule.max_capability &&
+        (!switches_rows(layout) || rule.v_step == 0 || layout.pattern.v % rule.v_step == 0);
     if (!may_run || layout.cols < rule.min_cols || load.tokens_each < rule.min_tokens ||
         load.tokens_each > rule.max_tokens) {
       continue;
     }
     SamoyedsPlan plan = rule.plan;
-    const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
     if (variant.is_hopper && !(allows_hopper && may_use_hopper(device, layout, is_down))) continue;
     const bool may_split = is_down && !variant.is_hopper && num_tokens * top_k <= kMaxSplitPairs;
     const double items = expected_tiles(load, variant) * parts_of(variant, layout) *
@@ -220,6 +228,7 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
   }
   // Nothing larger fits this GPU's shared memory.
   SamoyedsPlan plan{1, 4, 8, 1, 1, 0, 1, 1, 1};
+  if (layout.kind == Kind::kStepped) plan = {3, 1, 4, 2, 1, 0, 1, 1, 1};
   plan.stages = largest_stages(device, *find_variant(plan, SAMOYEDS_BF16), plan, layout);
   return plan;
 }
@@ -256,8 +265,8 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
 const char* heuristics() {
   static const std::string text = [] {
     std::string table =
-        "capability  V      k        tokens/expert  waves   m_frags  n_frags  warps (m, n, k)  "
-        "cluster  blocks/SM  measured\n";
+        "capability  pattern  V      k        tokens/expert  waves   m_frags  n_frags  "
+        "warps (m, n, k)  cluster  blocks/SM  measured\n";
     for (const Rule& r : kRules) {
       const auto at_least = [](double x) {
         char text[16] = "any";
@@ -268,11 +277,13 @@ const char* heuristics() {
       if (r.max_tokens < kAny) std::snprintf(most, sizeof most, "<= %g", r.max_tokens);
       const std::string tokens = r.max_tokens < kAny ? most : at_least(r.min_tokens);
       std::snprintf(line, sizeof line,
-                    "%s%d.%d      %-5s  %-7s  %-13s  %-6s  %-7d  %-7d  (%d, %d, %d)        %-7d  "
-                    "%-9d  ",
+                    "%s%d.%d      %-7s  %-5s  %-7s  %-13s  %-6s  %-7d  %-7d  (%d, %d, %d)        "
+                    "%-7d  %-9d  ",
                     r.max_capability == r.min_capability ? "= " : ">=", r.min_capability / 10,
-                    r.min_capability % 10, r.v_step ? "64*n" : "any", at_least(r.min_cols).c_str(),
-                    tokens.c_str(), at_least(r.min_waves).c_str(), static_cast<int>(r.plan.m_frags),
+                    r.min_capability % 10,
+                    find_variant(r.plan, SAMOYEDS_BF16)->is_stepped ? "3:4:V" : "others",
+                    r.v_step ? "64*n" : "any", at_least(r.min_cols).c_str(), tokens.c_str(),
+                    at_least(r.min_waves).c_str(), static_cast<int>(r.plan.m_frags),
                     static_cast<int>(r.plan.n_frags), static_cast<int>(r.plan.warps_m),
                     static_cast<int>(r.plan.warps_n), static_cast<int>(r.plan.warps_k),
                     static_cast<int>(r.plan.cluster), static_cast<int>(r.plan.blocks_per_sm));

@@ -25,12 +25,28 @@ __device__ __forceinline__ void store_pair(T* to, float x, float y) {
   }
 }
 
+// Four neighbours, likewise: `to` is a multiple of four columns, and rows have such a size.
+template <typename T>
+__device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
+  if constexpr (std::is_same_v<T, float>) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+  } else {
+    struct alignas(8) Four {
+      T x, y, z, w;
+    };
+    *reinterpret_cast<Four*>(to) = {narrow<T>(x[0]), narrow<T>(x[1]), narrow<T>(x[2]),
+                                    narrow<T>(x[3])};
+  }
+}
+
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // Warps of the other parts of k hand over their sums; part 0 adds them in order and returns true.
 template <class Shape>
 class SumOverK {
-  static constexpr int kFloats = Shape::kMFrags * Shape::kNFrags * 8;
+  // Of a lane: d of each fragment, and odd of each but those that are added already.
+  static constexpr int kFloats =
+      (Shape::kMFrags + Shape::kMFrags / Shape::kTilesTogether) * Shape::kNFrags * 4;
   static constexpr int kWarpsPerPart = kWarps / Shape::kWarpsK;
   static constexpr int kBarrier = 1;  // 0 is __syncthreads()
 
@@ -67,23 +83,48 @@ class SumOverK {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           visit(i++, acc.d[m][n][j]);
-          visit(i++, acc.odd[m][n][j]);
+          if (Shape::Accumulators::keeps_odd(m)) visit(i++, acc.odd[m][n][j]);
         }
       }
     }
   }
 };
 
-// One value or, for (1, 2, V), the two neighbours that an accumulator stands for.
-template <typename T>
-__device__ __forceinline__ void store_rows(T* out_row, int kept, bool is_switched, float even,
-                                           float odd) {
-  if (is_switched) {
-    store_pair(out_row + 2 * kept, even, odd);
-  } else {
-    out_row[kept] = narrow<T>(even);
+// The dense rows that accumulator i of fragment m stands for, or of fragments m to m + 2.
+template <class Shape>
+struct DenseRows {
+  static constexpr int kCount = Shape::kIsStepped ? kSteppedM : 2;
+  float x[kCount];
+
+  __device__ __forceinline__ DenseRows(const typename Shape::Accumulators& acc, int m, int n,
+                                       int i) {
+    x[0] = acc.d[m][n][i];
+    if constexpr (Shape::kIsStepped) {
+      x[1] = acc.d[m + 1][n][i];
+      x[2] = acc.d[m + 2][n][i];
+      x[3] = acc.odd[m + 2][n][i];
+    } else {
+      x[1] = acc.odd[m][n][i];
+    }
   }
-}
+
+  __device__ __forceinline__ void gate(const DenseRows& up) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = silu(x[i]) * up.x[i];
+  }
+
+  // place: as place_of(). is_switched: x are two neighbours, else only the first counts.
+  template <typename Out>
+  __device__ __forceinline__ void store(Out* out_row, int place, bool is_switched) const {
+    if constexpr (Shape::kIsStepped) {
+      store_four(out_row + kSteppedM * place, x);
+    } else if (is_switched) {
+      store_pair(out_row + 2 * place, x[0], x[1]);
+    } else {
+      out_row[place] = narrow<Out>(x[0]);
+    }
+  }
+};
 
 // Stores this warp's tiles of rows, from first_tile_m on, for its tokens, from first_token of the
 // item's tile on. Out: type of the result; kIsGated: SiLU(gate) * up, else every row as it is.
@@ -108,26 +149,26 @@ __device__ void store_as(const typename Shape::Accumulators& acc, const SsmmArgs
     }
   }
 #pragma unroll
-  for (int m = 0; m < Shape::kMFrags; ++m) {
+  for (int m = 0; m < Shape::kMFrags; m += Shape::kTilesTogether) {
     const int tile = first_tile_m + m;
     if (tile >= layout.tiles) continue;
-    const int low = kept_row_of(layout, tile, lane_row);
-    const int high = kept_row_of(layout, tile, lane_row + kHalfTile);
+    const int low = place_of(layout, tile / Shape::kTilesTogether, lane_row);
+    const int high = place_of(layout, tile / Shape::kTilesTogether, lane_row + kHalfTile);
 #pragma unroll
     for (int n = 0; n < Shape::kNFrags; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (rows[n][c] < 0 || low < 0) continue;  // where `low` does not exist, `high` does not
         Out* out_row = plane + static_cast<std::int64_t>(rows[n][c]) * row_size;
-        const float even_low = acc.d[m][n][c], odd_low = acc.odd[m][n][c];
-        const float even_high = acc.d[m][n][c + 2], odd_high = acc.odd[m][n][c + 2];
+        DenseRows<Shape> low_rows(acc, m, n, c);
+        const DenseRows<Shape> high_rows(acc, m, n, c + 2);
         if constexpr (kIsGated) {
-          // The high row is the up row of gate row `low`; they exist together.
-          store_rows(out_row, low, is_switched, silu(even_low) * even_high,
-                     silu(odd_low) * odd_high);
+          // The high rows are the up rows of the low ones, gate rows; they exist together.
+          low_rows.gate(high_rows);
+          low_rows.store(out_row, low, is_switched);
         } else {
-          store_rows(out_row, low, is_switched, even_low, odd_low);
-          if (high >= 0) store_rows(out_row, high, is_switched, even_high, odd_high);
+          low_rows.store(out_row, low, is_switched);
+          if (high >= 0) high_rows.store(out_row, high, is_switched);
         }
       }
     }

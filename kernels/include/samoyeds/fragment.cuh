@@ -4,8 +4,8 @@
 //
 //   block   values  2048 B   4 steps of 32 columns; a step is one 16-byte load a lane: fragment A
 //           meta     256 B   2 words a lane; one word serves two steps (selectors 0 and 1)
-//           rows      16 B   only Kind::kSwitched: a word a step; bit r = row r of the tile takes
-//                            the odd dense row of its pair
+//           rows      16 B   only where rows switch: a word a step; bit r = row r of the tile takes
+//                            the later one of its two dense rows
 //
 //   packed [E][tile][block], then, for general patterns, index bytes [tile][Sub-Row][16]
 //
@@ -37,8 +37,14 @@ inline constexpr int kHalfTile = kTileRows / 2;
 enum class Kind {
   kDense24,   // N == M: kept rows are the dense rows
   kSwitched,  // (1, 2, V) with V a multiple of a step: a bit says which row of the pair
+  kStepped,   // (3, 4, V), likewise: slot s is row s of its block or, one step on, row s + 1
   kGeneral,   // everything else: an index byte a Sub-Row
 };
+
+// Of kStepped, tiles come in threes: row r of tile 3t + s is slot s of the r-th block of rows of
+// the t-th sixteen. A warp that holds the three has all of a block in one of its threads.
+inline constexpr int kSteppedM = 4;
+inline constexpr int kSlots = kSteppedM - 1;  // of a block, and tiles that belong together
 
 struct Layout {
   Pattern pattern;
@@ -52,9 +58,17 @@ struct Layout {
   bool interleaved;           // rows 0..7 of a tile are gate rows, rows 8..15 their up rows
   std::int64_t index_offset;  // of the index bytes in an expert
   std::int64_t expert_bytes;
+  // Kept rows or, of kStepped, blocks of rows: what tiles, or threes of them, hold. NOTE: the last
+  // member, because kernels read the others two and four at a time.
+  int places;
 };
 
 SAMOYEDS_HOST_DEVICE constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+// Whether Sub-Rows of a kept row belong to one of two dense rows, as a bit of each step says.
+SAMOYEDS_HOST_DEVICE constexpr bool switches_rows(const Layout& l) {
+  return l.kind == Kind::kSwitched || l.kind == Kind::kStepped;
+}
 
 SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pattern,
                                                   bool is_gate_up) {
@@ -67,6 +81,8 @@ SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pa
     l.kind = Kind::kDense24;
   } else if (pattern.n == 1 && pattern.m == 2 && pattern.v % kStepCols == 0) {
     l.kind = Kind::kSwitched;
+  } else if (pattern.n == kSlots && pattern.m == kSteppedM && pattern.v % kStepCols == 0) {
+    l.kind = Kind::kStepped;
   } else {
     l.kind = Kind::kGeneral;
   }
@@ -74,9 +90,12 @@ SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pa
   // Gate and up rows can only share a tile where no block of M rows holds both.
   l.interleaved = is_gate_up && !is_general && rows % 2 == 0 && rows / 2 % pattern.m == 0;
   l.rows_per_tile = is_general ? kTileRows / pattern.n * pattern.n : kTileRows;
-  l.tiles = l.interleaved ? ceil_div(l.kept / 2, kHalfTile) : ceil_div(l.kept, l.rows_per_tile);
+  const int tiles_of_places = l.kind == Kind::kStepped ? kSlots : 1;
+  l.places = l.kept / tiles_of_places;
+  l.tiles = tiles_of_places * (l.interleaved ? ceil_div(l.places / 2, kHalfTile)
+                                             : ceil_div(l.places, l.rows_per_tile));
   l.blocks = ceil_div(cols, kBlockCols);
-  l.block_bytes = kRowsOffset + (l.kind == Kind::kSwitched ? kRowsBytes : 0);
+  l.block_bytes = kRowsOffset + (switches_rows(l) ? kRowsBytes : 0);
   l.index_offset = static_cast<std::int64_t>(l.tiles) * l.blocks * l.block_bytes;
   l.expert_bytes = l.index_offset;
   if (is_general) {
@@ -85,14 +104,26 @@ SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pa
   return l;
 }
 
-// Kept row that row `row` of tile `tile` holds, or -1.
-SAMOYEDS_HOST_DEVICE constexpr int kept_row_of(const Layout& l, int tile, int row) {
+// Of Layout::places the one at row `row` of tile `tile`, of kStepped of the tile-th three, or -1.
+SAMOYEDS_HOST_DEVICE constexpr int place_of(const Layout& l, int tile, int row) {
   if (l.interleaved) {
-    const int half = l.kept / 2, in_half = tile * kHalfTile + row % kHalfTile;
+    const int half = l.places / 2, in_half = tile * kHalfTile + row % kHalfTile;
     return in_half < half ? in_half + (row < kHalfTile ? 0 : half) : -1;
   }
-  const int kept = tile * l.rows_per_tile + row;
-  return row < l.rows_per_tile && kept < l.kept ? kept : -1;
+  const int place = tile * l.rows_per_tile + row;
+  return row < l.rows_per_tile && place < l.places ? place : -1;
+}
+
+// Kept row that row `row` of tile `tile` holds, or -1.
+SAMOYEDS_HOST_DEVICE constexpr int kept_row_of(const Layout& l, int tile, int row) {
+  if (l.kind != Kind::kStepped) return place_of(l, tile, row);
+  const int block = place_of(l, tile / kSlots, row);
+  return block < 0 ? -1 : block * kSlots + tile % kSlots;
+}
+
+// Row of its block that a kept row's Sub-Row takes, from its bit. kSwitched and kStepped.
+SAMOYEDS_HOST_DEVICE constexpr int switched_index(const Layout& l, int kept, int bit) {
+  return kept % l.pattern.n + bit;
 }
 
 SAMOYEDS_HOST_DEVICE constexpr std::int64_t block_offset(const Layout& l, int tile, int block) {
@@ -126,10 +157,10 @@ SAMOYEDS_HOST_DEVICE constexpr std::int64_t index_byte_offset(const Layout& l, i
   return l.index_offset + (static_cast<std::int64_t>(tile) * sub_rows + sub_row) * kTileRows + row;
 }
 
-// The odd-row bits change at most every 4, 2 or 1 steps of a block; 0: there are none.
+// The bits of the rows change at most every 4, 2 or 1 steps of a block; 0: there are none.
 SAMOYEDS_HOST_DEVICE constexpr int switch_period(const Layout& l) {
   const int v = l.pattern.v;
-  if (l.kind != Kind::kSwitched) return 0;
+  if (!switches_rows(l)) return 0;
   return v % kBlockCols == 0 ? 4 : v % 64 == 0 ? 2 : 1;
 }
 

@@ -19,13 +19,14 @@ struct SsmmVariant {
   int min_blocks;  // that fit on an SM by their registers
   int threads;
   bool needs_sm90a;
+  bool is_stepped;                 // made for (3, 4, V), see serves()
   int stage_bytes, scratch_bytes;  // of shared memory
   SsmmKernel kernels[4];           // by switch_period(): 0, 1, 2, 4; null where there is none
   // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
   bool is_hopper = false;
   int hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
 };
-inline constexpr int kNumVariants = 11;
+inline constexpr int kNumVariants = 19;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
 const SsmmVariant* fp16_variants();
 // Of the kernels above, the one for a weight.
@@ -35,6 +36,10 @@ inline int kernel_number(const Layout& layout) {
 }
 inline SsmmKernel kernel_for(const SsmmVariant& variant, const Layout& layout) {
   return variant.kernels[kernel_number(layout)];
+}
+// Whether an instance is made for the order of a weight's tiles.
+inline bool serves(const SsmmVariant& variant, const Layout& layout) {
+  return layout.kind != Kind::kGeneral && variant.is_stepped == (layout.kind == Kind::kStepped);
 }
 const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype);
 inline bool is_hopper(const SamoyedsPlan& plan) {

@@ -5,7 +5,10 @@
 // Whenever s changes, odd += (s_old - s_new) * D; at the end odd += s_last * D, even = D - odd.
 // One multiply-add an accumulator every V columns (128 at most), for two results an accumulator.
 //
-// NOTE: a non-finite weight or activation in one row of a pair therefore reaches the other row.
+// (3, 4, V) is the same for each of a block's three slots: "even" is row s of the block, "odd" row
+// s + 1. Then rows that two slots have in common are added up.
+//
+// NOTE: a non-finite weight or activation in one of two such rows therefore reaches the other.
 #pragma once
 
 #include "samoyeds/load.cuh"
@@ -17,6 +20,7 @@ struct Accumulators {
   float d[kMFrags][kNFrags][4];  // [..][0, 1] row g, [..][2, 3] row g + 8; tokens 2t, 2t + 1
   float odd[kMFrags][kNFrags][4];
   std::uint32_t rows[kMFrags];  // bit r: row r takes the odd dense row at present
+  static constexpr bool kIsStepped = kMFrags % kSlots == 0;
 
   __device__ void clear() {
 #pragma unroll
@@ -31,6 +35,11 @@ struct Accumulators {
   }
 
   __device__ __forceinline__ void switch_rows(int m, std::uint32_t next) {
+    if constexpr (kIsStepped) {
+      // NOTE: taken by whole warps, and also what keeps the compiler from moving the additions
+      // behind the products that follow, where they would need a second copy of d.
+      if (next == rows[m]) return;
+    }
     const std::uint32_t low_row = 1u << threadIdx.x % kWarpThreads / 4;
     const std::uint32_t high_row = low_row << kHalfTile;
     const auto change = [&](std::uint32_t row) {
@@ -59,6 +68,26 @@ struct Accumulators {
       }
     }
   }
+
+  // Of slots in fragments m, m + 1, m + 2, after separate_rows(). Afterwards their d holds rows 0,
+  // 1, 2 of the block, and `odd` of the last of them row 3.
+  __device__ void merge_slots() {
+    static_assert(kIsStepped, "a thread has all slots of a block");
+#pragma unroll
+    for (int m = 0; m < kMFrags; ++m) {
+      if (m % kSlots == 0) continue;
+#pragma unroll
+      for (int n = 0; n < kNFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[m][n][i] += odd[m - 1][n][i];
+      }
+    }
+  }
+
+  // What is left to sum and to store at the end: all but the odd rows that merge_slots() has added.
+  __device__ static constexpr bool keeps_odd(int m) {
+    return !kIsStepped || m % kSlots == kSlots - 1;
+  }
 };
 
 // One block of 128 columns. `weights` and `tokens` are this warp's in shared memory. The odd-row
@@ -72,13 +101,16 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
                 "the periods that switch_period() knows");
   static_assert(kLive > 0 && kLive <= kNFrags, "live fragments are some of the warp's");
   const int lane = threadIdx.x % kWarpThreads;
+  const auto switch_fragment = [&](int m, int step) {
+    acc.switch_rows(m, ptx::load_shared_word(weights + m * kBlockStride + kRowsOffset + step * 4));
+  };
   const auto switch_rows = [&](int step) {
 #pragma unroll
-    for (int m = 0; m < kMFrags; ++m) {
-      acc.switch_rows(m,
-                      ptx::load_shared_word(weights + m * kBlockStride + kRowsOffset + step * 4));
-    }
+    for (int m = 0; m < kMFrags; ++m) switch_fragment(m, step);
   };
+  constexpr bool kSwitchesInside = kSwitchPeriod == 1 || kSwitchPeriod == 2;
+  // While the tensor cores multiply one fragment the next one switches.
+  constexpr bool kSwitchesOneByOne = Accumulators<kMFrags, kNFrags>::kIsStepped;
   if constexpr (kSwitchPeriod == kStepsPerBlock) switch_rows(0);
   // NOTE: not unrolled: fragments of later steps would be read early, into registers that the
   // accumulators need.
@@ -88,7 +120,7 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int step = pair * 2 + half;
-      if constexpr (kSwitchPeriod == 1 || kSwitchPeriod == 2) {
+      if constexpr (kSwitchesInside && !kSwitchesOneByOne) {
         if (step % kSwitchPeriod == 0) switch_rows(step);
       }
       // Lane l addresses chunk l/8 of the step's four, row l%8 of the fragment's eight.
@@ -101,6 +133,9 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
 #pragma unroll
       for (int m = 0; m < kMFrags; ++m) {
         const std::uint32_t tile = weights + m * kBlockStride;
+        if constexpr (kSwitchesInside && kSwitchesOneByOne) {
+          if (step % kSwitchPeriod == 0) switch_fragment(m, step);
+        }
         const uint4 a = ptx::load_shared(tile + step * kStepBytes + lane * 16);
         if (half == 0) {
           meta[m] = ptx::load_shared_word(tile + kMetaOffset + pair * kMetaPairBytes + lane * 4);

@@ -2,6 +2,8 @@
 // bf16, (1, 2, 128), one expert layer or one of its products, taken while these rules were chosen,
 // between commits ee2f871 and the Hopper kernel. Committed results are those in
 // scripts/bench/results.
+//
+// Those whose plan has 3 fragments of rows a warp serve (3, 4, V), all others every other pattern.
 #pragma once
 
 #include "samoyeds/api.h"
@@ -13,7 +15,7 @@ namespace samoyeds {
 // GPU.
 struct Rule {
   int min_capability, max_capability;
-  int v_step;  // V of (1, 2, V) is a multiple of it; 0: any V
+  int v_step;  // V, where N < M, is a multiple of it; 0: any V
   int min_cols;
   double min_tokens, max_tokens;  // an expert
   double min_waves;
@@ -21,6 +23,7 @@ struct Rule {
   const char* measured;
 };
 
+inline constexpr const char* kUnmeasured = "chosen after the rules of (1, 2, V), to be measured";
 inline constexpr double kAny = 1e30;
 inline constexpr int kHopper = 90, kNewest = 9999;
 // clang-format off: a table
@@ -44,6 +47,14 @@ inline constexpr Rule kRules[] = {
      "H200, Qwen1.5-MoE, T = 256, up alone: 72.4 us, the same as the next rule"},
     {80, kNewest,       0,  0,    0,   kAny,  0,     {2, 4, 4, 2, 1, 0, 1, 0, 1},
      "H200, Mixtral-8x7B, T = 1024, V = 128, up alone: 883 us; 681 us as (4, 4)"},
+
+    {80, kNewest,       0,  0,    0,   13,    0.8,   {3, 1, 4, 2, 1, 0, 2, 0, 1}, kUnmeasured},
+    {80, kNewest,       0,  0,    0,   2,     0,     {3, 1, 2, 1, 4, 0, 1, 0, 1}, kUnmeasured},
+    {80, kNewest,       0,  0,    0,   7,     0,     {3, 1, 4, 1, 2, 0, 1, 0, 1}, kUnmeasured},
+    {80, kNewest,       0,  0,    0,   13,    0,     {3, 1, 4, 2, 1, 0, 2, 0, 1}, kUnmeasured},
+    {80, kNewest,       0,  0,    0,   28,    0,     {3, 2, 4, 2, 1, 0, 2, 0, 1}, kUnmeasured},
+    {kHopper, kHopper,  0,  0,    48,  kAny,  0,     {3, 6, 4, 2, 1, 0, 1, 0, 1}, kUnmeasured},
+    {80, kNewest,       0,  0,    0,   kAny,  0,     {3, 4, 4, 2, 1, 0, 1, 0, 1}, kUnmeasured},
 };
 // clang-format on
 

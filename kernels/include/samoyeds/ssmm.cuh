@@ -19,15 +19,18 @@ struct SsmmShape {
   static constexpr int kTokens = 8 * kNFrags * kWarpsN;
   static constexpr int kTilesM = kMFrags * kWarpsM;
   static constexpr int kTilesPerStage = kTilesM * kWarpsK;
+  using Accumulators = samoyeds::Accumulators<kMFrags, kNFrags>;
+  // For (3, 4, V) and nothing else: a warp has tiles by threes, whose rows it stores together.
+  static constexpr bool kIsStepped = Accumulators::kIsStepped;
+  static constexpr int kTilesTogether = kIsStepped ? kSlots : 1;
   // More accumulators want more registers than two thread blocks can have.
-  static constexpr int kMinBlocks = kMFrags * kNFrags > 4 ? 1 : 2;
+  static constexpr int kMinBlocks = kMFrags * kNFrags > (kIsStepped ? 6 : 4) ? 1 : 2;
   // Large products have a kernel for each period: four copies of their loop would spill registers.
-  static constexpr bool kIsLarge = kMFrags * kNFrags > 2;
+  static constexpr bool kIsLarge = kMFrags * kNFrags > (kIsStepped ? 6 : 2);
   // The largest take registers from the warps that load, as only sm_90a can: four warps at a time.
-  static constexpr bool kMovesRegisters = kMFrags * kNFrags > 8;
+  static constexpr bool kMovesRegisters = kMFrags * kNFrags > 12;
   static constexpr int kLoaders = (kMinBlocks == 1 ? 4 : 1) * kWarpThreads;
   static constexpr int kThreads = kConsumers + kLoaders;
-  using Accumulators = samoyeds::Accumulators<kMFrags, kNFrags>;
   static_assert(sizeof(T) == 2, "the matrix instruction takes 16-bit elements");
   static_assert(kWarpsM * kWarpsN * kWarpsK == kWarps, "every warp has its part");
   static_assert(!kMovesRegisters || kMinBlocks == 1, "four warps load: registers move by fours");
@@ -44,8 +47,9 @@ __device__ __forceinline__ void multiply_live(typename Shape::Accumulators& acc,
     multiply_block<T, kSwitchPeriod, kLive>(acc, weights, tokens);
   } else {
     switch (period) {
-      case 0:
-        return multiply_block<T, 0, kLive>(acc, weights, tokens);
+      case 0:  // not of (3, 4, V)
+        if constexpr (!Shape::kIsStepped) multiply_block<T, 0, kLive>(acc, weights, tokens);
+        return;
       case 1:
         return multiply_block<T, 1, kLive>(acc, weights, tokens);
       case 2:
@@ -134,6 +138,7 @@ __device__ void multiply_items(const SsmmArgs& args, const Scheduler<Shape>& sch
       turn.advance(stages.count);
     }
     if (period != 0) acc.separate_rows();
+    if constexpr (Shape::kIsStepped) acc.merge_slots();
     if (SumOverK<Shape>::run(acc, scratch)) {
       // Looked up again rather than kept in registers through all of k.
       const Work work = scheduler.at(item);

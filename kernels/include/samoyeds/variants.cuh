@@ -9,8 +9,10 @@ namespace samoyeds {
 
 template <class Shape, int kSwitchPeriod>
 constexpr SsmmKernel kernel() {
-  // Rows that switch at every step cost the largest products more registers than there are.
-  if constexpr (Shape::kMovesRegisters && kSwitchPeriod == 1)
+  // Rows that switch at every step cost the largest products more registers than there are. Those
+  // of (3, 4, V) switch one fragment after the other, but always switch.
+  if constexpr (Shape::kIsStepped ? kSwitchPeriod == 0
+                                  : Shape::kMovesRegisters && kSwitchPeriod == 1)
     return nullptr;
   else
     return ssmm_kernel<Shape, (Shape::kIsLarge ? kSwitchPeriod : kAnyPeriod)>;
@@ -29,6 +31,7 @@ constexpr SsmmVariant variant() {
           Shape::kMinBlocks,
           Shape::kThreads,
           Shape::kMovesRegisters,
+          Shape::kIsStepped,
           Stages<Shape>::kBytes,
           SumOverK<Shape>::kScratchBytes,
           {kernel<Shape, 0>(), kernel<Shape, 1>(), kernel<Shape, 2>(), kernel<Shape, 4>()}};
@@ -64,6 +67,10 @@ const SsmmVariant* variants() {
       variant<SsmmShape<T, 1, 2, 4, 1, 2>>(), variant<SsmmShape<T, 1, 2, 8, 1, 1>>(),
       variant<SsmmShape<T, 1, 4, 8, 1, 1>>(), variant<SsmmShape<T, 2, 4, 4, 2, 1>>(),
       variant<SsmmShape<T, 4, 4, 4, 2, 1>>(), variant<SsmmShape<T, 4, 4, 2, 4, 1>>(),
+      variant<SsmmShape<T, 3, 1, 1, 1, 8>>(), variant<SsmmShape<T, 3, 1, 2, 1, 4>>(),
+      variant<SsmmShape<T, 3, 1, 4, 1, 2>>(), variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
+      variant<SsmmShape<T, 3, 1, 4, 2, 1>>(), variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
+      variant<SsmmShape<T, 3, 4, 4, 2, 1>>(), variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
       hopper_variant<HopperShape<T>>(),
   };
   return table;
