@@ -87,7 +87,7 @@ def _add_cells(run: argparse.ArgumentParser) -> None:
     run.add_argument("--eval-tokens", type=int, default=1 << 19, help="held out, at most")
     run.add_argument("--probe-tokens", type=int, default=1 << 16)
     run.add_argument("--share", type=float, default=0.06, help="of training tokens to distill on")
-    run.add_argument("--distill-batch", type=int, default=32)
+    run.add_argument("--distill-batch", type=int, default=8)
     run.add_argument("--distill-lr", type=float, default=1e-3)
     run.add_argument("--distill-train", choices=("experts", "all"), default="experts")
 

@@ -17,7 +17,7 @@ import torch
 from samoyeds_hf import SparsityPattern
 from samoyeds_hf.format import SparseWeight, stored_shapes
 
-NAME = "m16k128.v1"
+NAME = "m16k128.v2"
 TILE_ROWS = 16  # kept rows of a tile
 BLOCK_COLS = 128  # dense columns of a block
 DENSE24, SWITCHED, STEPPED, GENERAL = "dense24", "switched", "stepped", "general"

@@ -1,4 +1,4 @@
-// The fragment order "m16k128.v1": how a packed weight lies in memory.
+// The fragment order "m16k128.v2": how a packed weight lies in memory.
 //
 // A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it:
 //
@@ -21,7 +21,7 @@
 
 namespace samoyeds {
 
-inline constexpr const char* kLayoutName = "m16k128.v1";
+inline constexpr const char* kLayoutName = "m16k128.v2";
 
 inline constexpr int kTileRows = 16;    // kept rows of a tile
 inline constexpr int kBlockCols = 128;  // dense columns of a block
