@@ -68,7 +68,7 @@ def recover(
     when it is complete; it holds the losses as samoyeds_distillation.csv.
     """
     from samoyeds_hf.pruning.calibration import Calibration
-    from samoyeds_hf.pruning.distill import DistillSettings
+    from samoyeds_hf.pruning.distill_settings import DistillSettings
     from samoyeds_hf.recovery import recover_checkpoint
 
     given = {

@@ -18,7 +18,8 @@ from samoyeds_hf.convert_layers import pick_device
 from samoyeds_hf.directory import STATE_FILE, check_destination, copy_companions, growing_directory
 from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.format import SparseWeight, decode, validate
-from samoyeds_hf.pruning.distill import DistillReport, DistillSettings, distill
+from samoyeds_hf.pruning.distill import distill
+from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings
 from samoyeds_hf.pruning.masks import kept_mask
 from samoyeds_hf.pruning.training import CsvLog
 from samoyeds_hf.recovery_files import (

@@ -26,7 +26,7 @@ from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
 from samoyeds_hf.format import encode
 from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
-from samoyeds_hf.pruning.distill import DistillReport, DistillSettings
+from samoyeds_hf.pruning.distill_settings import NOT_KEPT, DistillReport, DistillSettings
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.report_files import read_report
 from samoyeds_hf.shards import ShardSpec, ShardWriter, TensorSpec, disk_errors, write_text
@@ -268,6 +268,11 @@ def _write_card(
         f"- KL to `{work.base}` on that data: {result.first:.4f} in the first tenth of the steps, "
         f"{result.last:.4f} in the last (nats a token; each step in `{LOG_FILE}`)",
     ]
+    if result.before is not None and result.after is not None:
+        said = "" if result.kept else f": {NOT_KEPT}"
+        lines.append(
+            f"- on sequences held back {result.before:.4f} before, {result.after:.4f} after{said}"
+        )
     card = updated_card(text, report, name, work.base).strip()
     write_text(directory / "README.md", card + "\n\n" + "\n".join(lines) + "\n")
 

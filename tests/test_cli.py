@@ -15,7 +15,7 @@ import torch
 from calibrated import LENGTH, SAMPLES, calibrated, save_source, write_text
 from checkpoints import contents, edit_json, edit_tensors, files_in, save_dense
 from checkpoints import convert as convert_directly
-from tiny_models import BY_NAME, MIXTRAL, PATTERN
+from tiny_models import MIXTRAL, PATTERN
 
 import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig, cli
@@ -306,24 +306,27 @@ def files_without_names(directory: Path) -> dict[str, bytes]:
     return {k: v.replace(name, b"NAME") if k == "README.md" else v for k, v in found.items()}
 
 
-def test_convert_with_recipes(run: Run, dense: Path, tmp_path: Path) -> None:
+def test_convert_with_a_recipe(run: Run, dense: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text('pattern: "2:4"\noverrides: {".*layers\\\\.1\\\\..*": dense}\n')
-    expected = {"own": SamoyedsConfig.from_recipe(recipe)}
-    expected["deepseek-v2-lite"] = SamoyedsConfig.from_recipe(RECIPES / "deepseek-v2-lite.yaml")
-    for name, config in expected.items():
-        source = dense
-        if name != "own":  # its V is 128
-            source = tmp_path / "wide"
-            family = BY_NAME["mixtral"]
-            wide = type(family)("wide", "Mixtral", {**family.settings, "hidden_size": 128})
-            save_dense(wide, source)
-        given = recipe if name == "own" else name
-        done = run("convert", source, tmp_path / name, "--recipe", given)
-        assert done.code == 0, done.err
-        convert_directly(source, tmp_path / f"{name}-expected", config)
-        assert contents(tmp_path / name) == contents(tmp_path / f"{name}-expected")
+    done = run("convert", dense, tmp_path / "own", "--recipe", recipe)
+    assert done.code == 0, done.err
+    convert_directly(dense, tmp_path / "expected", SamoyedsConfig.from_recipe(recipe))
+    assert contents(tmp_path / "own") == contents(tmp_path / "expected")
     assert "left dense: model.layers.1.mlp.experts" in run("plan", dense, "--recipe", recipe).out
+
+
+def test_a_bundled_recipe_wants_the_data_of_its_user(run: Run, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", ("--recipe", "deepseek-v2-lite")
+    config = SamoyedsConfig.from_recipe(RECIPES / "deepseek-v2-lite.yaml")
+    assert f"pattern {config.pattern}, method best" in run("plan", TINY_MOE, *recipe).out
+    done = run("convert", TINY_MOE, out, *recipe)
+    assert done.code == 1
+    assert "needs calibration data" in done.err
+    assert "--calibration" in done.err
+    assert not out.exists()
+    data = ("--calibration", "python-stdlib", "--samples", "1", "--sequence-length", "32")
+    assert run("convert", TINY_MOE, out, *recipe, *data, "--dry-run").code == 0
 
 
 @pytest.mark.parametrize("option", [("--pattern", "2:4"), ("--method", "magnitude")])

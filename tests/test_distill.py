@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from samoyeds_hf.errors import CalibrationError, CheckpointError, ConfigError
 from samoyeds_hf.pruning import losses as losses_module
 from samoyeds_hf.pruning import masters as masters_module
 from samoyeds_hf.pruning import training as training_module
-from samoyeds_hf.pruning.distill import DistillReport, DistillSettings, distill
+from samoyeds_hf.pruning.distill import distill
+from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings
 from samoyeds_hf.pruning.losses import divergence
 from samoyeds_hf.pruning.masks import kept_mask, kept_masks
 from samoyeds_hf.pruning.masters import UNPRUNED, WIDTH, Masters, make_optimizer
@@ -272,8 +274,10 @@ def test_distill_is_the_plain_loop(micro_batch_size: int | None, hidden_weight: 
         learning_rate=3e-4,
         micro_batch_size=micro_batch_size,
         hidden_weight=hidden_weight,
+        held_back=0.0,
     )
     report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
+    assert (report.before, report.after, report.kept) == (None, None, True)
     losses = loop_distill(twin, teacher, masks, settings)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
     assert (report.first, report.last) == pytest.approx((losses[0], losses[-1]), rel=1e-4)
@@ -304,6 +308,50 @@ def test_families(name: str, dtype: torch.dtype) -> None:
     for n, parameter in student.named_parameters():
         assert parameter.dtype == before.get_parameter(n).dtype
         assert torch.equal(parameter, before.get_parameter(n)) == (n not in masks), n
+
+
+def loop_divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
+    """KL of the teacher to the student, a mean over positions."""
+    with torch.no_grad():
+        log_q, log_p = (m(ids).logits.log_softmax(-1).flatten(0, 1) for m in (student, teacher))
+    return float(functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.3, 3), (0.99, 9)])
+def test_sequences_held_back_only_measure(share: float, held: int) -> None:
+    """One at least; and one at least to train on."""
+    student, teacher, masks = mixtral()
+    before, twin = copy.deepcopy(student), copy.deepcopy(student)
+    settings = DistillSettings(steps=8, batch_size=4, learning_rate=3e-4, held_back=share)
+    report = distill(student, teacher, TEXT, masks, settings)
+    rest, held_text = TEXT[: len(TEXT) - held], TEXT[len(TEXT) - held :]
+    distill(twin, teacher, rest, masks, replace(settings, held_back=0.0))
+    assert report.before == pytest.approx(loop_divergence(before, teacher, held_text), rel=1e-4)
+    assert report.after == pytest.approx(loop_divergence(twin, teacher, held_text), rel=1e-4)
+    assert report.kept == (report.after < report.before)
+    assert same_state(student, twin if report.kept else before)
+    assert f"held back {report.before:.4f} -> {report.after:.4f}" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("train", ["experts", "all"])
+def test_a_rate_that_is_too_high_leaves_the_pruned_weights(train: str, dtype: torch.dtype) -> None:
+    teacher = MIXTRAL.make(dtype)
+    student, masks = pruned(teacher)
+    before = copy.deepcopy(student)
+    settings = DistillSettings(steps=4, batch_size=4, learning_rate=0.5, train=train)
+    report = distill(student, teacher, TEXT, masks, settings)
+    assert not report.kept
+    assert report.before < report.after
+    assert "lower learning rate" in str(report)
+    assert same_state(student, before)
+
+
+def test_a_single_sequence_is_trained_on() -> None:
+    student, teacher, masks = mixtral()
+    report = distill(student, teacher, TEXT[:1], masks, FAST)
+    assert report.before is None
+    assert report.kept
 
 
 def test_experts_in_a_list() -> None:
@@ -532,6 +580,8 @@ def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         ({"temperature": 0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"hidden_weight": -0.1}, "hidden_weight"),
+        ({"held_back": 1.0}, "held_back"),
+        ({"held_back": -0.1}, "held_back"),
         ({"hidden_weight": math.inf}, "hidden_weight"),
         ({"train": "router"}, "train"),
         ({"seed": -1}, "seed"),

@@ -36,7 +36,8 @@ from samoyeds_hf.errors import (
 )
 from samoyeds_hf.pruning.calibration import Calibration
 from samoyeds_hf.pruning.decoder import Decoder, run_layer
-from samoyeds_hf.pruning.distill import DistillSettings, distill
+from samoyeds_hf.pruning.distill import distill
+from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.masks import kept_masks
 from samoyeds_hf.pruning.recover import BlockReport, BlockSettings, recover_block
 from samoyeds_hf.pruning.training import pick, schedule
@@ -328,7 +329,7 @@ def test_it_can_be_recovered_again(case: Case, recovered: Path) -> None:
 def test_families(tmp_path: Path, name: str) -> None:
     """Shared experts are Linears; DeepSeek keeps its router's bias in fp32."""
     case = Case(tmp_path, BY_NAME[name])
-    out = case.recover(settings=DistillSettings(steps=10, batch_size=10))
+    out = case.recover(settings=DistillSettings(steps=10, batch_size=10, held_back=0.0))
     report = json.loads((out / "samoyeds_report.json").read_text())["distillation"]["result"]
     assert report["last"] < report["first"]
     assert check_checkpoint(out, case.dense, progress=False).changed == ()

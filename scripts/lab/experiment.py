@@ -17,7 +17,8 @@ from lab.training import Trained
 from transformers import PreTrainedModel
 
 from samoyeds_hf import SamoyedsConfig, SparsityPattern, patch_model
-from samoyeds_hf.pruning.distill import DistillSettings, distill
+from samoyeds_hf.pruning.distill import distill
+from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
 from samoyeds_hf.pruning.recover import BlockSettings
 from samoyeds_hf.pruning.walk import prune_model
@@ -190,11 +191,12 @@ class Laboratory:
             train=settings.distill_train,
             seed=settings.seed,
         )
-        distill(student, self.dense, tokens, sparse.masks, recipe)
+        kept = distill(student, self.dense, tokens, sparse.masks, recipe).kept
         return student, {
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),
-            "distill": f"{steps} x {batch}, lr {recipe.learning_rate:g}, {recipe.train}",
+            "distill": f"{steps} x {batch}, lr {recipe.learning_rate:g}, {recipe.train}"
+            + ("" if kept else ", no better and not kept"),
         }
 
     def _encoded(self, model: PreTrainedModel, cell: Cell) -> PreTrainedModel:

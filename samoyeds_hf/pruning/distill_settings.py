@@ -1,0 +1,93 @@
+"""What is said to a distillation, and what it says: settings and result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from samoyeds_hf.errors import ConfigError
+from samoyeds_hf.pruning.training import check_count, check_number
+
+TRAINED = ("experts", "all")
+NOT_KEPT = "no better, so the pruned weights stay; give a lower learning rate"
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a pruned model is distilled.
+
+    Args:
+        steps: of the optimizer.
+        batch_size: sequences of a step.
+        learning_rate: the peak, for weights with 1024 inputs; see :meth:`Masters.step`.
+        warmup: share of the steps in which the learning rate rises.
+        temperature: of both softmaxes.
+        hidden_weight: of the error of the hidden states after each layer (relative to each token,
+            averaged over layers) beside the KL; 0 does without it.
+        held_back: share of the sequences, at least one of two, that only measure; with 0 none does,
+            and the trained weights are kept whatever they are.
+        train: "experts", the masked weights alone; or "all", also the router, norms, attention,
+            embeddings and dense experts.
+        micro_batch_size: sequences at a time, for memory; None is all of a step's.
+        seed: of the order of the sequences.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    temperature: float = 1.0
+    hidden_weight: float = 1.0
+    held_back: float = 0.0625
+    train: str = "experts"
+    micro_batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        if self.micro_batch_size is not None:
+            check_count("micro_batch_size", self.micro_batch_size)
+        check_number("learning_rate", self.learning_rate, 0, 1)
+        check_number("warmup", self.warmup, 0, 1, or_low=True)
+        check_number("temperature", self.temperature, 0, math.inf)
+        check_number("hidden_weight", self.hidden_weight, 0, math.inf, or_low=True)
+        check_number("held_back", self.held_back, 0, 1, or_low=True)
+        check_count("seed", self.seed, 0)
+        if self.train not in TRAINED:
+            raise ConfigError(f"train must be one of {list(TRAINED)}, found {self.train!r}.")
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a distillation did; losses are KL a position, in nats."""
+
+    steps: int
+    first: float  # mean loss of the first tenth of the steps
+    last: float  # mean loss of the last tenth
+    seconds: float
+    before: float | None = None  # on the sequences held back; None: there were none
+    after: float | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the trained weights are in the model."""
+        return is_better(self.before, self.after)
+
+    def __str__(self) -> str:
+        text = (
+            f"distilled in {self.steps} steps, {self.seconds:.0f} s: KL to the dense model "
+            f"{self.first:.4f} -> {self.last:.4f} nats a token"
+        )
+        if self.before is None or self.after is None:
+            return text
+        text += f", on sequences held back {self.before:.4f} -> {self.after:.4f}"
+        return text if self.kept else f"{text}: {NOT_KEPT}"
+
+
+def is_better(before: float | None, after: float | None) -> bool:
+    """Whether what was trained is kept: it is nearer, which NaN is not, or nothing was measured."""
+    return before is None or after is None or after < before
