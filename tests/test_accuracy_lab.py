@@ -413,6 +413,30 @@ def test_pipeline(
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_processes_share_all_cells(lab: ModuleType, workers: int) -> None:
+    cells = lab.cells.cells(lab.cells.Choice())
+    shares = [lab.cells.share_of(cells, worker, workers) for worker in range(workers)]
+    assert sorted(map(str, cells)) == sorted(str(cell) for share in shares for cell in share)
+    for share in shares:
+        assert share == [cell for cell in cells if cell in share]  # the most important first
+    probing = [any("probed" in c.ideas or "columns" in c.ideas for c in share) for share in shares]
+    assert probing == [False] * (workers - 1) + [True]
+    distilled = lab.cells.Cell("2:4", recovery=lab.cells.DISTILL)
+    assert any(lab.cells.Cell("2:4") in share and distilled in share for share in shares)
+
+
+@pytest.mark.slow
+def test_processes_measure_what_one_does(call: Callable, tmp_path: Path) -> None:
+    chosen = "--patterns 2:4 1:2:32 --methods wanda magnitude --ideas none --paths masked"
+    _, alone = call(tmp_path / "alone.csv", chosen)
+    status, rows = call(tmp_path / "together.csv", f"{chosen} --workers 2")
+    assert status == 0
+    same = ("pattern", "method", "recovery", "perplexity", "kept", "weights")
+    found = [sorted(tuple(row[name] for name in same) for row in each) for each in (alone, rows)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_ideas_keep_their_bytes(call: Callable, tmp_path: Path) -> None:
     chosen = (

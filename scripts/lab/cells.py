@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 
 DENSE = "dense"
 BUDGET = "1:2:32"  # its bytes are those of "75 %"
@@ -105,6 +106,30 @@ def cells(choice: Choice) -> list[Cell]:
     What continues a cell follows it where it can, so that it is not pruned again.
     """
     return [cell for cell in dict.fromkeys(_in_order()) if cell in choice]
+
+
+def share_of(cells: Sequence[Cell], worker: int, workers: int) -> list[Cell]:
+    """The cells that one of several processes measures, in order.
+
+    What continues a cell stays with it, and all that needs every weight's own loss is in one
+    process, which measures those once.
+    """
+    mine: list[Cell] = []
+    taken = 0
+    for (_, _, ideas, _), run in groupby(cells, key=_pruned_as):
+        owner = taken % workers
+        if {PROBED, COLUMNS}.intersection(ideas.split("+")):
+            owner = workers - 1
+        else:
+            taken += 1
+        if owner == worker:
+            mine += run
+    return mine
+
+
+def _pruned_as(cell: Cell) -> tuple[str, str, str, bool]:
+    """Alike for cells that begin with the same pruned model."""
+    return cell.pattern, cell.method, cell.ideas, BLOCK in cell.steps
 
 
 def _in_order() -> Iterator[Cell]:
