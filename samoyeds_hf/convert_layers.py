@@ -6,6 +6,7 @@ conversion that was stopped goes on with that layer and gives the same bytes.
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from samoyeds_hf.pruning.walk import LayerResult, Walk
 from samoyeds_hf.shards import ShardSpec, ShardWriter, TensorSpec
 
 BLOCK_LOG_FILE = "samoyeds_block.csv"  # losses of --recover block
+_CHECKSUMS = "checksums"  # beside the hidden states
 
 if TYPE_CHECKING:
     from samoyeds_hf.config import SamoyedsConfig
@@ -263,11 +265,18 @@ def _save_hidden(directory: Path, walk: Walk) -> None:
     """Keep what the next layer gets, in the pruned model and, where it is followed, the dense."""
     tensors = {f"hidden.{i:06d}": tensor for i, tensor in enumerate(walk.hidden)}
     tensors |= {f"dense.{i:06d}": tensor for i, tensor in enumerate(walk.dense or ())}
+    tensors[_CHECKSUMS] = _checksums(tensors)
     specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
     shard = ShardSpec(_hidden_file(directory, walk.next).name, tuple(specs))
     with ShardWriter(directory, shard) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def _checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """CRC-32 of each tensor, by name, ``[n]`` int64: nothing else would show a flipped bit."""
+    ordered = (tensors[name].contiguous().view(torch.uint8) for name in sorted(tensors))
+    return torch.tensor([zlib.crc32(tensor.numpy().data) for tensor in ordered])
 
 
 def _drop_hidden(directory: Path, index: int) -> None:
@@ -283,6 +292,8 @@ def _resume(walk: Walk, directory: Path, index: int) -> None:
     path = _hidden_file(directory, index)
     try:
         found = load_file(path)
+        if not torch.equal(found.pop(_CHECKSUMS), _checksums(found)):
+            raise ValueError("its checksums do not fit")
         hidden, dense = (
             [found[key] for key in sorted(found) if key.startswith(prefix)]
             for prefix in ("hidden.", "dense.")
@@ -293,7 +304,7 @@ def _resume(walk: Walk, directory: Path, index: int) -> None:
                 raise ValueError("those of other tokens")
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise CheckpointError(
-            f"{path} must hold the hidden states to go on with, found it unreadable ({error}); "
+            f"{path} must hold the hidden states to go on with, found it damaged ({error}); "
             "start again with --overwrite."
         ) from error
     walk.resume(index, hidden, dense or None)

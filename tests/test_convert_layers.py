@@ -644,7 +644,23 @@ def fewer(path: Path) -> None:
 
 
 def shorter(path: Path) -> None:
-    save_file({name: t[:, :-1].contiguous() for name, t in load_file(path).items()}, path)
+    kept = load_file(path)
+    save_file({n: t[:, :-1].contiguous() if t.ndim > 1 else t for n, t in kept.items()}, path)
+
+
+def flipped(path: Path) -> None:
+    """One bit of a value: the file reads well."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def exchanged(path: Path) -> None:
+    """Two batches in each other's place."""
+    kept = load_file(path)
+    first, second = "hidden.000000", "hidden.000001"
+    kept[first], kept[second] = kept[second], kept[first]
+    save_file(kept, path)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -654,6 +670,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut": cut,
     "fewer sequences": fewer,
     "shorter sequences": shorter,
+    "a flipped bit": flipped,
+    "exchanged batches": exchanged,
 }
 
 
