@@ -18,6 +18,7 @@ from samoyeds_hf.pruning import prune_experts
 from samoyeds_hf.pruning.decoder import Decoder, run_layer
 from samoyeds_hf.pruning.follow import DAMPING
 from samoyeds_hf.pruning.inputs import Routed
+from samoyeds_hf.pruning.recover import BlockSettings
 from samoyeds_hf.pruning.residual import MissingMoments, beyond_chance, gain_of
 from samoyeds_hf.selection import select
 
@@ -250,6 +251,17 @@ def test_where_the_output_is_no_sum_experts_are_followed_alone(
 
 
 @torch.no_grad()
+def test_before_recovery_experts_are_followed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training fits the layer's output itself, and ends better from weights that did not."""
+    asked: list[object] = []
+    monkeypatch.setattr("samoyeds_hf.pruning.follow.gain_of", lambda *args: asked.append(args))
+    settings = {"asymmetric": True, "batch_size": 4}
+    prune(MIXTRAL.make(), ids=tokens(8, 12), block=BlockSettings(steps=1), **settings)
+    assert not asked
+    prune(MIXTRAL.make(), ids=tokens(8, 12), **settings)
+    assert asked
+
+
 def test_experts_in_a_list_have_no_dense_twin_to_follow() -> None:
     found, expected = make_toy(), make_toy()
     config = {"pattern": "1:2:16", "modules": ["experts", "shared_experts"]}

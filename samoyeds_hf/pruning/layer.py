@@ -207,7 +207,10 @@ class LayerPruner:
                 handle.remove()
 
     def _comparing(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.dense is None else self.dense.comparing(self.routed)
+        """Not before recovery: that fits the layer's output itself, and better from without."""
+        if self.dense is None or self.settings.block is not None:
+            return nullcontext()
+        return self.dense.comparing(self.routed)
 
     def _prune(self, weight: ExpertWeight, linears: Mapping[str, LinearInputs]) -> PrunedWeight:
         start = time.perf_counter()

@@ -11,6 +11,11 @@ inputs. What is missing then,
 is also the error of other routing. The sum of squares ``|R - sum_e g_e U_e x_e|^2`` over changes
 U of down is smallest where each expert takes the share ``g_e^2 / sum_e g_e^2`` of R, if the experts
 of a token answer alike; then ``U = E[share * g * R x^T] H^-1`` for each expert alone.
+
+Held-out perplexity of tests/assets/tiny-moe, ``best`` on 64 x 512 tokens, dense 11.2: 21.0 without
+and 19.2 with at 1:2:32, 23.9 and 21.2 at 1:2:128. Recovery by layers fits the same output by
+training, and ends better where this was left out: 16.9 against 17.7, and 18.5 against 19.1 with
+another seed (1:2:64); so it is.
 """
 
 from __future__ import annotations
