@@ -47,6 +47,13 @@ def recover(
         float | None,
         typer.Option(help="Of the error of the hidden states beside the KL.  [default: 1.0]"),
     ] = None,
+    held_back: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the sequences that only measure; unless they get nearer, the pruned "
+            "weights stay. 0: none.  [default: 0.0625]"
+        ),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(help="What was pruned, or all weights.  [default: experts]"),
@@ -78,6 +85,7 @@ def recover(
         "learning_rate": learning_rate,
         "temperature": temperature,
         "hidden_weight": hidden_weight,
+        "held_back": held_back,
         "train": train,
     }
     settings = DistillSettings(**{k: v for k, v in given.items() if v is not None}, seed=seed)  # type: ignore[arg-type]

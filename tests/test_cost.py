@@ -12,6 +12,7 @@ from samoyeds_hf.plan import ConversionPlan, plan_conversion
 from samoyeds_hf.pruning import METHODS, cost
 from samoyeds_hf.pruning.cost import Cost, estimate, measure_rate
 from samoyeds_hf.pruning.layer import PruneSettings
+from samoyeds_hf.pruning.recover import BlockSettings
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,13 @@ def test_hidden_states_of_every_token_are_in_memory(plan: ConversionPlan) -> Non
     assert cost_of(plan, 1000).host_bytes == 1000 * (2 * 64 * 2 + 2 * (8 + 2))
     # followed: those of the dense model too, and what the layer's output lacks
     assert cost_of(plan, 1000, asymmetric=True).host_bytes == 1000 * (5 * 64 * 2 + 2 * (8 + 2))
+
+
+def test_before_recovery_no_output_is_followed(plan: ConversionPlan) -> None:
+    both = {"asymmetric": True, "block": BlockSettings()}
+    assert cost_of(plan, 1000, **both).host_bytes == 1000 * (4 * 64 * 2 + 2 * (8 + 2))
+    assert cost_of(plan, **both).operations < cost_of(plan, asymmetric=True).operations
+    assert cost_of(plan, **both).device_bytes <= cost_of(plan, asymmetric=True).device_bytes
 
 
 def test_a_layer_fits(plan: ConversionPlan) -> None:

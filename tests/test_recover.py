@@ -573,7 +573,8 @@ def split_experts(directory: Path) -> None:
 
 def test_the_help_names_the_defaults() -> None:
     defaults = DistillSettings()
-    for name in ("steps", "batch_size", "learning_rate", "temperature", "hidden_weight", "train"):
+    names = ("steps", "batch_size", "learning_rate", "temperature", "hidden_weight", "held_back")
+    for name in (*names, "train"):
         (option,) = get_type_hints(recover, include_extras=True)[name].__metadata__
         assert option.help.endswith(f"[default: {getattr(defaults, name)}]"), name
 
@@ -589,6 +590,7 @@ def test_the_script(case: Case) -> None:
         "steps": 4,
         "batch-size": 4,
         "learning-rate": 1e-3,
+        "held-back": DistillSettings().held_back,
         "device": "cpu",
     }
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]

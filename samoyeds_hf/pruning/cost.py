@@ -77,8 +77,8 @@ def estimate(
     itemsize = plan.model.dtype.itemsize
     streams = 2 if settings.follows_dense else 1
     width = config.hidden_size * itemsize
-    # what a layer gets and what its experts get; followed, also what its output lacks
-    kept = 2 * width if streams == 1 else 5 * width
+    # of each stream what a layer gets and what its experts get, and what its output lacks
+    kept = (2 * streams + settings.follows_output) * width
     return Cost(
         device=device,
         operations=sum(
@@ -131,10 +131,10 @@ def _operations(weight: _Weight, settings: PruneSettings) -> float:
     forward = (_PASSES + streams) * one_pass
     if not weight.is_pruned:
         return forward
-    # dense experts also run on the dense tokens as the pruned model routes them
-    forward += (streams - 1) * one_pass
     moments = 2 * weight.tokens * weight.k**2 * streams
-    moments += (streams - 1) * one_pass * weight.makes_up
+    if settings.follows_output:
+        forward += one_pass  # dense experts on the dense tokens, as the pruned model routes them
+        moments += one_pass * weight.makes_up
     follow = 2.0 * weight.experts * weight.rows * weight.k**2 * (streams - 1)
     shape = (weight.experts, weight.rows, weight.k)
     pruning = operations(*shape, settings.method, settings.refine).total
@@ -153,7 +153,9 @@ def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
             group = max(1, min(weight.experts, settings.moments_bytes // (4 * weight.k**2)))
             moments = 4 * group * weight.k**2
             if settings.follows_dense:
-                moments += 4 * group * weight.k * (weight.k + weight.rows * weight.makes_up)
+                moments += 4 * group * weight.k**2
+            if settings.follows_output:
+                moments += 4 * group * weight.k * weight.rows * weight.makes_up
             one = peak_memory(1, weight.rows, weight.k, settings.method, settings.refine)
             work.append(moments + one)
     return held + max(work, default=0)

@@ -8,7 +8,7 @@ Bytes a weight, in bf16 with a share d kept: 2 for the teacher, 2 for the studen
 is trained (see :mod:`samoyeds_hf.pruning.masters`), so 9 at d = 1/4; what is frozen takes 4, what
 is trained whole (``train="all"``) 20. On top come the dense gradient of one weight, and for
 ``micro_batch_size`` sequences the activations, the hidden states after each layer twice and the
-logits three times.
+logits three times. Host memory: 4 d for the weights as they were, should they be better.
 
 Some sequences only measure: where the student is no nearer to the teacher on them than it was, it
 keeps its pruned weights. A learning rate that suits 75 % is too high where little was lost: on

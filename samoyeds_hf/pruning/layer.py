@@ -91,6 +91,14 @@ class PruneSettings:
         """Whether tokens also go through the dense layers."""
         return self.asymmetric or self.method == "best"
 
+    @property
+    def follows_output(self) -> bool:
+        """Whether down makes up for what the layer's output lacks, see ``residual``.
+
+        Not before recovery: that fits the output itself, and better from weights that did not.
+        """
+        return self.follows_dense and self.block is None
+
 
 @dataclass(frozen=True)
 class PrunedWeight:
@@ -207,8 +215,7 @@ class LayerPruner:
                 handle.remove()
 
     def _comparing(self) -> AbstractContextManager[None]:
-        """Not before recovery: that fits the layer's output itself, and better from without."""
-        if self.dense is None or self.settings.block is not None:
+        if self.dense is None or not self.settings.follows_output:
             return nullcontext()
         return self.dense.comparing(self.routed)
 
