@@ -263,7 +263,7 @@ def _write_card(
         f"- data: {data.samples} x {data.sequence_length} tokens of {data.data}, seed {data.seed}",
         f"- sha256 of its tokens: `{data.sha256}`",
         f"- {settings.steps} steps of {settings.batch_size} sequences, learning rate "
-        f"{settings.learning_rate:g}, temperature {settings.temperature:g}, hidden states weighed "
+        f"{result.rates}, temperature {settings.temperature:g}, hidden states weighed "
         f"{settings.hidden_weight:g}, seed {settings.seed}",
         f"- KL to `{work.base}` on that data: {result.first:.4f} in the first tenth of the steps, "
         f"{result.last:.4f} in the last (nats a token; each step in `{LOG_FILE}`)",

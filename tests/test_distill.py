@@ -226,6 +226,9 @@ def loop_distill(
     teacher: PreTrainedModel,
     masks: Mapping[str, torch.Tensor],
     settings: DistillSettings,
+    text: torch.Tensor = TEXT,
+    start: int = 0,
+    stop: int | None = None,
 ) -> list[float]:
     """The same with dense masters, a mask on each gradient and weight, and torch's own loss."""
     student.requires_grad_(False)
@@ -236,8 +239,8 @@ def loop_distill(
         weight_decay=0,
     )
     losses = []
-    for step in range(settings.steps):
-        ids = TEXT[pick(step, settings.batch_size, len(TEXT), settings.seed)]
+    for step in range(start, stop or settings.steps):
+        ids = text[pick(step, settings.batch_size, len(text), settings.seed)]
         with torch.no_grad():
             dense = teacher(ids, use_cache=False, output_hidden_states=True)
         sparse = student(ids, use_cache=False, output_hidden_states=True)
@@ -251,7 +254,8 @@ def loop_distill(
         for name, weight in weights.items():
             weight.grad *= masks[name]
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        rate = settings.learning_rate * schedule(step, settings.steps, settings.warmup)
+        factor = schedule(step - start, settings.steps - start, settings.warmup)
+        rate = settings.learning_rate * factor
         for group in optimizer.param_groups:
             group["lr"] = rate * 1024 / group["k"]
         optimizer.step()
@@ -339,12 +343,100 @@ def test_a_rate_that_is_too_high_leaves_the_pruned_weights(train: str, dtype: to
     teacher = MIXTRAL.make(dtype)
     student, masks = pruned(teacher)
     before = copy.deepcopy(student)
-    settings = DistillSettings(steps=4, batch_size=4, learning_rate=0.5, train=train)
+    settings = DistillSettings(
+        steps=4, batch_size=4, learning_rate=0.5, train=train, backtrack=False
+    )
     report = distill(student, teacher, TEXT, masks, settings)
     assert not report.kept
+    assert report.learning_rate == 0.5
     assert report.before < report.after
     assert "lower learning rate" in str(report)
     assert same_state(student, before)
+
+
+@pytest.mark.parametrize(("rate", "starts"), [(1e-2, [0, 2]), (5e-2, [0, 2, 3])])
+def test_a_rate_that_is_too_high_is_lowered(rate: float, starts: list[int]) -> None:
+    """Each time from the pruned weights, with a new optimizer and the sequences that come next."""
+    student, teacher, masks = mixtral()
+    before = copy.deepcopy(student)
+    settings = DistillSettings(steps=9, batch_size=4, learning_rate=rate, held_back=0.2)
+    rows: list[Mapping[str, float]] = []
+    report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
+    text, held_text = TEXT[:8], TEXT[8:]
+    nearness, losses = loop_divergence(before, teacher, held_text), []
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], None], strict=True)):
+        twin = copy.deepcopy(before)
+        lower = replace(settings, learning_rate=rate / 4**number)
+        losses += loop_distill(twin, teacher, masks, lower, text, start, stop)
+        trial = copy.deepcopy(before)
+        end = start + max(1, (settings.steps - start) // 4)
+        loop_distill(trial, teacher, masks, lower, text, start, end)
+        assert (loop_divergence(trial, teacher, held_text) < nearness) == (stop is None)
+    assert report.learning_rate == lower.learning_rate
+    assert report.kept
+    assert report.before == pytest.approx(nearness, rel=1e-4)
+    assert report.after == pytest.approx(loop_divergence(twin, teacher, held_text), rel=1e-4)
+    assert report.after == pytest.approx(loop_divergence(student, teacher, held_text), rel=1e-4)
+    assert [row["step"] for row in rows] == list(range(settings.steps))
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert f"s, learning rate lowered to {lower.learning_rate:g}: KL" in str(report)
+    assert report.rates == f"{rate:g} -> {lower.learning_rate:g}"
+    assert_held(student, masks)
+    twin = copy.deepcopy(before)
+    assert not distill(twin, teacher, TEXT, masks, replace(settings, backtrack=False)).kept
+
+
+def test_a_rate_that_does_good_is_only_looked_at() -> None:
+    """The same bits with and without the check, which draws nothing at random."""
+    results = []
+    for backtrack in (True, False):
+        student, teacher, masks = mixtral()
+        settings = replace(FAST, steps=9, held_back=0.2, backtrack=backtrack)
+        rows: list[Mapping[str, float]] = []
+        state = torch.get_rng_state()
+        report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert report.kept
+        assert "lowered" not in str(report)
+        assert report.rates == "0.001"
+        for row in rows:
+            row.pop("seconds")  # type: ignore[attr-defined]
+        results.append((student, replace(report, seconds=0.0), rows))
+    (student, *found), (twin, *expected) = results
+    assert found == expected
+    assert same_state(student, twin)
+
+
+def test_a_rate_is_lowered_a_few_times_at_most() -> None:
+    """NaN is no nearer than NaN: a token of the sequences held back has no finite embedding."""
+    student, teacher, masks = mixtral()
+    text = torch.where(TEXT == VOCAB - 1, 5, TEXT)
+    text[8:, 3] = VOCAB - 1
+    for model in (student, teacher):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[VOCAB - 1] = math.nan
+    before = copy.deepcopy(student)
+    settings = replace(FAST, steps=12, held_back=0.2)
+    rows: list[Mapping[str, float]] = []
+    report = distill(student, teacher, text, masks, settings, log=rows.append)
+    assert math.isnan(report.before)
+    assert not report.kept
+    assert report.learning_rate == FAST.learning_rate / 4**4
+    starts = [0, 3, 5, 6, 7]
+    for start, end in zip(starts, [*starts[1:], 12], strict=True):
+        peak = FAST.learning_rate / 4 ** starts.index(start)
+        expected = [peak * schedule(n - start, 12 - start, FAST.warmup) for n in range(start, end)]
+        assert [row["learning_rate"] for row in rows[start:end]] == expected
+    for name in masks:
+        assert torch.equal(student.get_parameter(name), before.get_parameter(name))
+
+
+def test_without_sequences_held_back_no_rate_is_lowered() -> None:
+    student, teacher, masks = mixtral()
+    settings = replace(FAST, learning_rate=0.5, held_back=0.0)
+    report = distill(student, teacher, TEXT, masks, settings)
+    assert report.last > report.first
+    assert report.learning_rate == 0.5
 
 
 def test_a_single_sequence_is_trained_on() -> None:
@@ -404,8 +496,17 @@ def test_what_lies_outside_a_mask_is_dropped_first() -> None:
 # --- killed -------------------------------------------------------------------------------------
 
 
-def run_until(state: Path, step: int | None, save_minutes: float = 0.0) -> bool:
-    """Distill in a child that is killed in a step, after its gradients; whether it was."""
+def run_until(
+    state: Path,
+    step: int | None,
+    save_minutes: float = 0.0,
+    settings: DistillSettings = FAST,
+    late: bool = False,
+) -> bool:
+    """Distill in a child that is killed after a step, or ``late``, when it computes what follows.
+
+    Returns whether it was.
+    """
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -414,13 +515,16 @@ def run_until(state: Path, step: int | None, save_minutes: float = 0.0) -> bool:
     try:
         student, teacher, masks = mixtral()
 
+        def die(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
         def log(row: Mapping[str, float]) -> None:
             CsvLog(state.with_suffix(".csv"))(row)
             if row["step"] == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                student.register_forward_pre_hook(die) if late else die()
 
         distill(
-            student, teacher, TEXT, masks, FAST, state=state, log=log, save_minutes=save_minutes
+            student, teacher, TEXT, masks, settings, state=state, log=log, save_minutes=save_minutes
         )
         torch.save(student.state_dict(), state.with_suffix(".result"))
         os._exit(0)
@@ -459,6 +563,52 @@ def test_killed_and_resumed_to_equal_bits(
     rows = state.with_suffix(".csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(FAST.steps))]
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".csv", ".result"}
+
+
+LOWERED = DistillSettings(steps=9, batch_size=4, learning_rate=5e-2, held_back=0.2)
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, DistillReport, str]:
+    """A run that starts again after 2 and 3 steps, and its log without times."""
+    student, teacher, masks = mixtral()
+    path = tmp_path_factory.mktemp("lowered") / "run.csv"
+    report = distill(student, teacher, TEXT, masks, LOWERED, log=CsvLog(path))
+    assert report.learning_rate == LOWERED.learning_rate / 4**2
+    return student, report, without_seconds(path)
+
+
+def without_seconds(path: Path) -> str:
+    return "\n".join(row.rsplit(",", 1)[0] for row in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("kills", "late"),
+    [
+        ((1,), False),  # before the rate is checked for the first time
+        ((2,), False),  # after the first step with a lower rate, before that is checked
+        ((1, 2), True),  # while it is checked
+        ((3,), False),  # after the last start
+        ((0, 1, 2, 3, 4, 5, 6, 7, 8), False),
+    ],
+)
+def test_killed_around_a_new_start_and_resumed_to_equal_bits(
+    tmp_path: Path,
+    lowered: tuple[PreTrainedModel, DistillReport, str],
+    kills: tuple[int, ...],
+    late: bool,
+) -> None:
+    state, (student, report, log) = tmp_path / "run.pt", lowered
+    for step in kills:
+        assert run_until(state, step, settings=LOWERED, late=late)
+    assert not run_until(state, None, settings=LOWERED)
+    found = torch.load(state.with_suffix(".result"), weights_only=True)
+    expected = student.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert without_seconds(state.with_suffix(".csv")) == log
+    fresh, teacher, masks = mixtral()
+    again = distill(fresh, teacher, TEXT, masks, LOWERED, state=state)
+    assert replace(again, seconds=report.seconds) == report
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
@@ -532,6 +682,24 @@ def stop_at(step: int) -> Callable[[Mapping[str, float]], None]:
     return log
 
 
+@pytest.mark.parametrize("key", ["starts", "masters"])
+def test_a_state_of_other_code_is_refused(tmp_path: Path, key: str) -> None:
+    state = tmp_path / "run.pt"
+    assert run_until(state, 1)
+    student, teacher, masks = mixtral()
+    content = torch.load(state, weights_only=True)
+    del content[key]
+    torch.save(content, state)
+    refused(
+        CheckpointError,
+        "run.pt",
+        "unreadable (KeyError)",
+        "--overwrite",
+        call=lambda: distill(student, teacher, TEXT, masks, FAST, state=state),
+        kept=tmp_path,
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
 def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
     state = tmp_path / "run.pt"
@@ -582,6 +750,8 @@ def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         ({"hidden_weight": -0.1}, "hidden_weight"),
         ({"held_back": 1.0}, "held_back"),
         ({"held_back": -0.1}, "held_back"),
+        ({"backtrack": 1}, "backtrack"),
+        ({"backtrack": None}, "backtrack"),
         ({"hidden_weight": math.inf}, "hidden_weight"),
         ({"train": "router"}, "train"),
         ({"seed": -1}, "seed"),

@@ -316,6 +316,17 @@ def test_it_loads_checks_and_says_what_it_is(case: Case, recovered: Path) -> Non
     ).read_bytes()
 
 
+def test_report_and_card_name_the_rate_that_it_was_lowered_to(case: Case) -> None:
+    out = case.recover("lowered", DistillSettings(steps=9, batch_size=4, learning_rate=0.5))
+    found = json.loads((out / "samoyeds_report.json").read_text())["distillation"]
+    asked, used = found["settings"]["learning_rate"], found["result"]["learning_rate"]
+    assert used in [asked / 4, asked / 16, asked / 64, asked / 256]
+    assert f"learning rate 0.5 -> {used:g}, temperature" in (out / "README.md").read_text()
+    rates = [float(row.split(",")[3]) for row in (out / LOG_FILE).read_text().splitlines()[1:]]
+    assert max(rates[:2]) > asked / 2
+    assert max(rates[-2:]) < used
+
+
 def test_it_can_be_recovered_again(case: Case, recovered: Path) -> None:
     again = case.recover("again", sparse=recovered)
     assert check_checkpoint(again, progress=False)

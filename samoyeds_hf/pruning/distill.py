@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MAX_NORM = 1.0  # of a step's gradient
+_TRIAL = 0.25  # share of its steps after which a learning rate is checked
+_LOWER = 0.25  # factor of a learning rate that did harm
+_MOST = 4  # times that it is lowered
 
 
 def distill(
@@ -68,6 +71,9 @@ def distill(
     """Train a pruned model in place towards its dense original.
 
     Both run in eval mode, without dropout. Epochs over the sequences are in fresh random order.
+    Where the first of them take the student no nearer to the teacher on the sequences held back,
+    the learning rate is too high: the pruned weights come back, and the steps that are left have a
+    lower one, with a schedule of their own; so a few times, unless the settings say otherwise.
     Afterwards the student holds the masters, rounded to its dtype, or what it held before where
     that is nearer to the teacher on the sequences held back; outside the masks it is 0.
 
@@ -102,7 +108,16 @@ def distill(
             model.train(mode)
     tenth = max(1, settings.steps // 10)
     first, last = (sum(part) / tenth for part in (run.losses[:tenth], run.losses[-tenth:]))
-    return DistillReport(settings.steps, first, last, run.seconds, run.before, run.after)
+    return DistillReport(
+        steps=settings.steps,
+        first=first,
+        last=last,
+        seconds=run.seconds,
+        asked_rate=settings.learning_rate,
+        learning_rate=run.rate,
+        before=run.before,
+        after=run.after,
+    )
 
 
 class _Run:
@@ -139,7 +154,13 @@ class _Run:
         self.masters = Masters(weights, masks)
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []
+        self.starts = [0]  # the steps in which training began with the pruned weights
         self.seconds = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate since the last start."""
+        return self.settings.learning_rate * _LOWER ** (len(self.starts) - 1)
 
     def train(
         self, state: Path | None, log: Log | None, save_minutes: float, progress: bool
@@ -152,7 +173,7 @@ class _Run:
             for name, master in self.masters.values.items()
         }
         if state is not None:
-            self._load(load_state(state, fingerprint))
+            self._load(load_state(state, fingerprint, self._content()))
         steps, saved = self.settings.steps, time.monotonic()
         with (
             self.masters.attached(self.student),
@@ -166,13 +187,28 @@ class _Run:
                     log(row)
                 bar.set_postfix_str(f"KL {row['loss']:.4f}", refresh=False)
                 bar.update()
+                if self._is_trial_over() and not is_better(self.before, self._measure()):
+                    self._start_again(untrained)
                 is_due = time.monotonic() - saved >= 60 * save_minutes
                 if state is not None and (is_due or len(self.losses) == steps):
-                    self._save(state, fingerprint)
+                    save_state(state, {"fingerprint": fingerprint, **self._content()})
                     saved = time.monotonic()
         self.after = self._measure()
         if not is_better(self.before, self.after):
             self.masters.load(untrained)
+
+    def _is_trial_over(self) -> bool:
+        """Whether the last step is the one after which the learning rate is checked."""
+        start, steps = self.starts[-1], self.settings.steps
+        end = start + max(1, int(_TRIAL * (steps - start)))
+        is_last = end == steps or len(self.starts) > _MOST  # nothing could be done about it
+        return self.settings.backtrack and len(self.losses) == end and not is_last
+
+    def _start_again(self, untrained: Mapping[str, torch.Tensor]) -> None:
+        """Go on from the pruned weights with a lower learning rate."""
+        self.masters.load(untrained)
+        self.optimizer = make_optimizer(self.masters)
+        self.starts.append(len(self.losses))
 
     @torch.no_grad()
     def _measure(self) -> float | None:
@@ -192,7 +228,8 @@ class _Run:
 
     def _step(self) -> dict[str, float]:
         settings, number, start = self.settings, len(self.losses), time.monotonic()
-        rate = settings.learning_rate * schedule(number, settings.steps, settings.warmup)
+        begun = self.starts[-1]
+        rate = self.rate * schedule(number - begun, settings.steps - begun, settings.warmup)
         count = len(self.tokens) - self.held
         rows = pick(number, settings.batch_size, count, settings.seed)
         parts = rows.split(settings.micro_batch_size or settings.batch_size)
@@ -254,18 +291,19 @@ class _Run:
             "version of samoyeds-hf": samoyeds_hf.__version__,
         }
 
-    def _save(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
-        content = {
-            "fingerprint": dict(fingerprint),
+    def _content(self) -> dict[str, Any]:
+        """What a run goes on from."""
+        return {
             "masters": {name: master.detach() for name, master in self.masters.values.items()},
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
+            "starts": self.starts,
             "seconds": self.seconds,
         }
-        save_state(path, content)
 
     def _load(self, content: Mapping[str, Any] | None) -> None:
         if content is not None:
             self.masters.load(content["masters"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.losses, self.seconds = list(content["losses"]), float(content["seconds"])
+            self.losses, self.starts = list(content["losses"]), list(content["starts"])
+            self.seconds = float(content["seconds"])

@@ -26,6 +26,9 @@ class DistillSettings:
             averaged over layers) beside the KL; 0 does without it.
         held_back: share of the sequences, at least one of two, that only measure; with 0 none does,
             and the trained weights are kept whatever they are.
+        backtrack: whether to start again, with a lower learning rate, where the sequences held back
+            say that the first quarter of the steps did harm: where little was lost, a rate that
+            suits other patterns is too high.
         train: "experts", the masked weights alone; or "all", also the router, norms, attention,
             embeddings and dense experts.
         micro_batch_size: sequences at a time, for memory; None is all of a step's.
@@ -42,6 +45,7 @@ class DistillSettings:
     temperature: float = 1.0
     hidden_weight: float = 1.0
     held_back: float = 0.0625
+    backtrack: bool = True
     train: str = "experts"
     micro_batch_size: int | None = None
     seed: int = 0
@@ -56,6 +60,8 @@ class DistillSettings:
         check_number("temperature", self.temperature, 0, math.inf)
         check_number("hidden_weight", self.hidden_weight, 0, math.inf, or_low=True)
         check_number("held_back", self.held_back, 0, 1, or_low=True)
+        if type(self.backtrack) is not bool:
+            raise ConfigError(f"backtrack must be true or false, found {self.backtrack!r}.")
         check_count("seed", self.seed, 0)
         if self.train not in TRAINED:
             raise ConfigError(f"train must be one of {list(TRAINED)}, found {self.train!r}.")
@@ -69,6 +75,8 @@ class DistillReport:
     first: float  # mean loss of the first tenth of the steps
     last: float  # mean loss of the last tenth
     seconds: float
+    asked_rate: float  # the peak learning rate of the settings
+    learning_rate: float  # and that of the last start, lower where the first did harm
     before: float | None = None  # on the sequences held back; None: there were none
     after: float | None = None
 
@@ -77,11 +85,18 @@ class DistillReport:
         """Whether the trained weights are in the model."""
         return is_better(self.before, self.after)
 
+    @property
+    def rates(self) -> str:
+        """The peak learning rate asked for, and the one it was lowered to, if it was."""
+        if self.learning_rate == self.asked_rate:
+            return f"{self.asked_rate:g}"
+        return f"{self.asked_rate:g} -> {self.learning_rate:g}"
+
     def __str__(self) -> str:
-        text = (
-            f"distilled in {self.steps} steps, {self.seconds:.0f} s: KL to the dense model "
-            f"{self.first:.4f} -> {self.last:.4f} nats a token"
-        )
+        text = f"distilled in {self.steps} steps, {self.seconds:.0f} s"
+        if self.learning_rate != self.asked_rate:
+            text += f", learning rate lowered to {self.learning_rate:g}"
+        text += f": KL to the dense model {self.first:.4f} -> {self.last:.4f} nats a token"
         if self.before is None or self.after is None:
             return text
         text += f", on sequences held back {self.before:.4f} -> {self.after:.4f}"

@@ -111,17 +111,20 @@ def save_state(path: Path, content: Mapping[str, Any]) -> None:
     sync_directory(path.parent)
 
 
-def load_state(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was saved, on the CPU; None where nothing was.
+def load_state(
+    path: Path, fingerprint: Mapping[str, Any], keys: Iterable[str]
+) -> dict[str, Any] | None:
+    """What was saved under these keys, on the CPU; None where nothing was.
 
     Raises:
-        CheckpointError: unreadable, or of other work than ``fingerprint`` says.
+        CheckpointError: unreadable, without one of the keys, or of other work than ``fingerprint``
+            says.
     """
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = dict(content["fingerprint"])
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found, held = dict(content["fingerprint"]), {key: content[key] for key in keys}
     except Exception as error:  # torch has no base class for what a damaged file raises
         raise CheckpointError(
             f"{path} must be the state of an interrupted run, found it unreadable "
@@ -132,7 +135,7 @@ def load_state(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | N
             f"{path} must be the state of the same run, found another {different[0]}; give the "
             "same settings and data, or start again with --overwrite."
         )
-    return content
+    return held
 
 
 class CsvLog:
