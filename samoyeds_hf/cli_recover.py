@@ -54,6 +54,14 @@ def recover(
             "weights stay. 0: none.  [default: 0.0625]"
         ),
     ] = None,
+    backtrack: Annotated[
+        bool | None,
+        typer.Option(
+            "--backtrack/--no-backtrack",
+            help="Start again with a lower learning rate where those sequences say that the first "
+            "quarter of the steps did harm.  [default: backtrack]",
+        ),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(help="What was pruned, or all weights.  [default: experts]"),
@@ -86,6 +94,7 @@ def recover(
         "temperature": temperature,
         "hidden_weight": hidden_weight,
         "held_back": held_back,
+        "backtrack": backtrack,
         "train": train,
     }
     settings = DistillSettings(**{k: v for k, v in given.items() if v is not None}, seed=seed)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -585,9 +586,12 @@ def split_experts(directory: Path) -> None:
 def test_the_help_names_the_defaults() -> None:
     defaults = DistillSettings()
     names = ("steps", "batch_size", "learning_rate", "temperature", "hidden_weight", "held_back")
+    hints = get_type_hints(recover, include_extras=True)
     for name in (*names, "train"):
-        (option,) = get_type_hints(recover, include_extras=True)[name].__metadata__
+        (option,) = hints[name].__metadata__
         assert option.help.endswith(f"[default: {getattr(defaults, name)}]"), name
+    assert defaults.backtrack
+    assert hints["backtrack"].__metadata__[0].help.endswith("[default: backtrack]")
 
 
 def test_the_script(case: Case) -> None:
@@ -605,12 +609,15 @@ def test_the_script(case: Case) -> None:
         "device": "cpu",
     }
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, str(script), str(case.sparse), str(out), *given]
+    command = [sys.executable, str(script), str(case.sparse), str(out), *given, "--no-backtrack"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "KL to the dense model" in done.stdout
     assert f"written: {out}" in done.stdout
-    assert contents(out) == contents(case.recover("by-call"))
+    settings = replace(FAST, backtrack=False)
+    assert contents(out) == contents(case.recover("by-call", settings))
+    found = json.loads((out / "samoyeds_report.json").read_text())["distillation"]
+    assert found["settings"] == asdict(settings)
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("error: The destination must be new")
