@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import json
+import re
 import sys
 import tarfile
 import zlib
@@ -435,6 +436,13 @@ def test_processes_measure_what_one_does(call: Callable, tmp_path: Path) -> None
     same = ("pattern", "method", "recovery", "perplexity", "kept", "weights")
     found = [sorted(tuple(row[name] for name in same) for row in each) for each in (alone, rows)]
     assert found[0] == found[1]
+
+
+def test_a_row_names_the_learning_rate_that_was_used(call: Callable, tmp_path: Path) -> None:
+    chosen = "--patterns 2:4 --methods best --ideas none --recoveries distill --paths masked"
+    _, rows = call(tmp_path / "results.csv", f"{chosen} --distill-lr 0.5")
+    (found,) = (row["distill"] for row in rows if row["recovery"] == "distill")
+    assert re.match(r"\d x 2, lr 0\.5 -> 0\.(125|03125), experts", found), found
 
 
 @pytest.mark.slow

@@ -191,12 +191,12 @@ class Laboratory:
             train=settings.distill_train,
             seed=settings.seed,
         )
-        kept = distill(student, self.dense, tokens, sparse.masks, recipe).kept
+        report = distill(student, self.dense, tokens, sparse.masks, recipe)
         return student, {
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),
-            "distill": f"{steps} x {batch}, lr {recipe.learning_rate:g}, {recipe.train}"
-            + ("" if kept else ", no better and not kept"),
+            "distill": f"{steps} x {batch}, lr {report.rates}, {recipe.train}"
+            + ("" if report.kept else ", no better and not kept"),
         }
 
     def _encoded(self, model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
