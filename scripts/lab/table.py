@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 
 from lab.cells import (
@@ -51,7 +52,7 @@ def _section(rows: list[Row]) -> Iterator[str]:
             yield f"### Perplexity relative to dense, {_NAMES.get(recovery, recovery)}\n\n{grid}"
     if ideas := _ideas(ratios):
         yield f"### At the bytes of {BUDGET}\n\n{ideas}"
-    if kernels := _kernels(ratios):
+    if kernels := _kernels(rows):
         yield "### Through the encoded experts\n\n" + kernels
     yield "### Multiple choice, normalised by length, zero-shot\n\n" + _tasks(rows)
 
@@ -146,16 +147,22 @@ def _ideas(ratios: Ratios) -> str:
     return _table(head, lines) if cases else ""
 
 
-def _kernels(ratios: Ratios) -> str:
+def _kernels(rows: Sequence[Row]) -> str:
+    """What is encoded beside its masks in the dense model of the same seed."""
+    seeds = {row["seed"] for row in rows}
+    of_seed = {
+        seed: over_seeds([row for row in rows if row["seed"] == seed], "ratio") for seed in seeds
+    }
     lines = []
-    for cell, values in ratios.items():
-        if cell.path != KERNELS:
-            continue
-        twin = _mean(ratios.get(Cell(cell.pattern, cell.method, cell.recovery, cell.ideas)))
-        ratio = mean(values)
-        other = ("", "") if twin is None else (f"{twin:.5f}", f"{ratio / twin - 1:+.2e}")
-        lines.append((str(cell), f"{ratio:.5f}", *other))
-    head = ("cell", "encoded", MASKED, "difference")
+    for seed, ratios in sorted(of_seed.items()):
+        for cell, values in ratios.items():
+            if cell.path != KERNELS:
+                continue
+            twin = _mean(ratios.get(replace(cell, path=MASKED)))
+            ratio = mean(values)
+            other = ("", "") if twin is None else (f"{twin:.5f}", f"{ratio / twin - 1:+.2e}")
+            lines.append((str(cell), seed, f"{ratio:.5f}", *other))
+    head = ("cell", "seed", "encoded", MASKED, "difference")
     return _table(head, lines) if lines else ""
 
 
