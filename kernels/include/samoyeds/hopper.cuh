@@ -39,10 +39,9 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
   const int group = uniform(threadIdx.x / kGroupThreads);
   const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
   constexpr int kStep = Shape::kLiveStep;
-  constexpr bool kTakesTurns = kSwitchPeriod == 2;
   const int blocks = args.layout.blocks;
   Turn turn;
-  if constexpr (kTakesTurns) Turns::start(group);
+  Turns<Buffers> turns(buffers, group);
   SlabWork next = scheduler.at(scheduler.first());
   for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
     const SlabWork work = next;
@@ -51,12 +50,11 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       skip_blocks(buffers, turn, blocks);
       continue;
     }
-    const Turns turns(group, work.num_slabs() == Shape::kGroups);
+    turns.share(work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
     acc.clear();
-    const int first_tile = group * Buffers::kSlabTiles + warp;
     for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
-      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,
+      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, group, warp,
                                                                         turns)
           .run(turn, blocks);
     });
@@ -71,7 +69,6 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       SlabStore<Shape, kSwitchPeriod, false, false>(args, work, slab, staged).run(acc);
     }
   }
-  if constexpr (kTakesTurns) Turns::finish(group);
   if (threadIdx.x % kGroupThreads == 0) ptx::wait_for_stores();
 }
 

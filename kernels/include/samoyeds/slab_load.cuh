@@ -44,7 +44,7 @@ __device__ void load_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& sch
         }
 #pragma unroll 1
         for (int tile = warp; tile < tiles; tile += kGroupWarps) {
-          ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * kBlockStride,
+          ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileStride,
                                 weights + tile * tile_stride, layout.block_bytes, full);
         }
       }

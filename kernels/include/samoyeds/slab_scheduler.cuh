@@ -28,18 +28,20 @@ struct HopperShape {
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
 // panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
 // completes when the copies are there, `empty` when every warp of the cluster that multiplies is
-// done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
+// done with it; `turn` when it is a warpgroup's turn. kSwitchPeriod: 0 where N = M, else as switch_period().
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
-  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kBlockStride;
+  // So that all halves of tiles have one distance, as the matrix instruction wants it.
+  static constexpr int kTileStride = 2 * half_bytes(kSwitchPeriod != 0);
+  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kTileStride;
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
   // Of a warpgroup's results: half a panel, and a number for each token.
   static constexpr int kStagedBytes = kTilePanelBytes / 2 + Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr int kAlignment = 1024;  // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes + 16) +
-                                Shape::kGroups * kStagedBytes;
+                                Shape::kGroups * (kStagedBytes + 8);
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -55,11 +57,15 @@ struct HopperBuffers {
   }
   __device__ std::uint32_t full(int slot) const { return weights(kSlots) + slot * 8; }
   __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
+  __device__ std::uint32_t turn(int group) const { return full(2 * kSlots + group); }
 
   __device__ void init() const {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full(slot), 1);
       ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
+    }
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      ptx::init_barrier(turn(group), kGroupWarps);
     }
   }
 
