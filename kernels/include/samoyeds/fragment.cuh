@@ -36,13 +36,13 @@ inline constexpr int kBlockCols = 128;  // dense columns of a block
 inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction
 inline constexpr int kStepsPerBlock = kBlockCols / kStepCols;
 inline constexpr int kHalfTile = kTileRows / 2;
-inline constexpr int kMatrixCols = 8;                              // compressed
-inline constexpr int kMatrixRowBytes = kMatrixCols * 2;            // of values
-inline constexpr int kMatrixBytes = kHalfTile * kMatrixRowBytes;   // 128
-inline constexpr int kStepBytes = 2 * kMatrixBytes;                // of half a tile's values
-inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;    // in a half
-inline constexpr int kMetaBytes = 128;                             // of two steps
-inline constexpr int kRowsOffset = kMetaOffset + kMetaBytes;       // in the first half
+inline constexpr int kMatrixCols = 8;                             // compressed
+inline constexpr int kMatrixRowBytes = kMatrixCols * 2;           // of values
+inline constexpr int kMatrixBytes = kHalfTile * kMatrixRowBytes;  // 128
+inline constexpr int kStepBytes = 2 * kMatrixBytes;               // of half a tile's values
+inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;   // in a half
+inline constexpr int kMetaBytes = 128;                            // of two steps
+inline constexpr int kRowsOffset = kMetaOffset + kMetaBytes;      // in the first half
 inline constexpr int kRowsBytes = kStepsPerBlock * 4;
 
 enum class Kind {

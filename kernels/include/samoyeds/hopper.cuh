@@ -1,8 +1,8 @@
 // The matrix kernel of Hopper for many tokens: the same product as ssmm.cuh, on wgmma.sp.
 //
 // A thread block has two warpgroups that multiply and one that loads, and stays until all items are
-// done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
-// a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
+// done. An item is a tile of tokens of one expert times some slabs, one for each warpgroup of a
+// cluster of thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
 // sums each, or two times 64 kept rows where N = M. Each block of a cluster loads half of the
 // tokens for both.
 //

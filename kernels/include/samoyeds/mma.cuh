@@ -148,7 +148,8 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
           if (step % kSwitchPeriod == 0) switch_fragment(m, step);
         }
         const uint4 a = load_fragment(tile + step * kStepBytes + values);
-        if (half == 0) meta[m] = ptx::load_shared_word(tile + pair * kHalf + kMetaOffset + lane * 4);
+        if (half == 0)
+          meta[m] = ptx::load_shared_word(tile + pair * kHalf + kMetaOffset + lane * 4);
 #pragma unroll
         for (int n = 0; n < kLive; ++n) {
           if (half == 0) {

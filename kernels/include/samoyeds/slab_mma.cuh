@@ -4,10 +4,6 @@
 
 #include "samoyeds/slab_scheduler.cuh"
 
-#ifndef SAMOYEDS_TURNS
-#define SAMOYEDS_TURNS 2
-#endif
-
 namespace samoyeds {
 
 // The results of a warpgroup. (1, 2, V): d runs through all of k, odd gathers the odd rows, as in
@@ -45,8 +41,9 @@ struct SlabAccumulators {
   }
 };
 
-// Weights are multiplied by units, whole blocks or halves: what of a unit goes through registers, for
-// a warp's 16 kept rows. Metadata and, of (1, 2, V), the rows' bits of each part between two changes.
+// Weights are multiplied by units, whole blocks or halves: what of a unit goes through registers,
+// for a warp's 16 kept rows. Metadata and, of (1, 2, V), the rows' bits of each part between two
+// changes.
 template <int kSwitchPeriod>
 struct RowData {
   static constexpr bool kIsSwitched = kSwitchPeriod != 0;
@@ -119,27 +116,25 @@ class SlabProduct {
                                          int group, int warp, Turns<Buffers>& turns)
       : acc_(acc), buffers_(buffers), group_(group), warp_(warp), turns_(turns) {}
 
-  // Rows are switched at the end of a unit, for the next one: the loop's next turn comes after it.
+  // What goes through registers is read, and rows are switched, at the end of a unit for the next
+  // one, while the other warpgroup multiplies. Not sooner: instructions that run may still read
+  // metadata.
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
     ptx::wait(buffers_.full(turn.slot), turn.parity);
-    load_next(turn.slot, 0);
-    if constexpr (Rows::kIsSwitched) acc_.rows = next_.rows[0];  // nothing is summed yet
-#pragma unroll 1
-    for (int unit = 0; unit < blocks * Rows::kUnits; ++unit) {
-      const int slot = turn.slot, in_block = unit % Rows::kUnits;
-      const bool is_last = unit + 1 == blocks * Rows::kUnits;
-      const bool ends_block = in_block + 1 == Rows::kUnits;
-      rows_ = next_;
-      other_rows_ = other_;
-      if (ends_block) turn.advance(Buffers::kSlots);
-      multiply(slot, in_block, [&] {
-        if (is_last) return;
-        if (ends_block) ptx::wait(buffers_.full(turn.slot), turn.parity);
-        load_next(turn.slot, (in_block + 1) % Rows::kUnits);
-      });
-      if (ends_block) buffers_.release(slot);
-      if constexpr (Rows::kIsSwitched) {
-        if (!is_last) acc_.template switch_rows<kLive>(next_.rows[0]);
+    load_rows(turn.slot, 0);
+    if constexpr (Rows::kIsSwitched) acc_.rows = rows_.rows[0];  // nothing is summed yet
+    int unit = 0;                                                // of the block
+    for (int left = blocks * Rows::kUnits; left > 0; --left) {
+      multiply(turn.slot, unit);
+      if (++unit == Rows::kUnits) {
+        unit = 0;
+        buffers_.release(turn.slot);
+        turn.advance(Buffers::kSlots);
+        if (left > 1) ptx::wait(buffers_.full(turn.slot), turn.parity);
+      }
+      if (left > 1) {
+        load_rows(turn.slot, unit);
+        if constexpr (Rows::kIsSwitched) acc_.template switch_rows<kLive>(rows_.rows[0]);
       }
     }
   }
@@ -151,13 +146,43 @@ class SlabProduct {
     return buffers_.weights(slot) + group_ * Buffers::kSlabTiles * Buffers::kTileStride;
   }
 
-  __device__ __forceinline__ void load_next(int slot, int unit) {
+  __device__ __forceinline__ void load_rows(int slot, int unit) {
     const std::uint32_t tile = slab(slot) + warp_ * Buffers::kTileStride;
-    next_.load(tile, unit);
+    rows_.load(tile, unit);
     if constexpr (!Rows::kIsSwitched) other_.load(tile + kOther, unit);
   }
 
-  // Starts steps kFirst up to kLast of a unit.
+  __device__ __forceinline__ void multiply(int slot, int unit) {
+    const std::uint32_t weights = slab(slot) + unit * Rows::kSteps * kStepBytes;
+    const std::uint32_t tokens = buffers_.tokens(slot, unit);
+    if constexpr (Rows::kIsSwitched) {
+      part<0>(weights, tokens);
+      if constexpr (Rows::kParts == 2) {
+        acc_.template switch_rows<kLive>(rows_.rows[1]);
+        part<1>(weights, tokens);
+      }
+    } else {
+      ptx::wgmma_fence();
+      start<0, Rows::kSteps>(acc_.d, weights, tokens, rows_);
+      start<0, Rows::kSteps>(acc_.odd, weights + kOther, tokens, other_);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait_for<kSums>(acc_.d);
+      ptx::wgmma_wait_for<kSums>(acc_.odd);
+    }
+  }
+
+  // Between two changes of rows.
+  template <int kPart>
+  __device__ __forceinline__ void part(std::uint32_t weights, std::uint32_t tokens) {
+    turns_.begin();
+    ptx::wgmma_fence();
+    start<kPart * Rows::kPeriod, (kPart + 1) * Rows::kPeriod>(acc_.d, weights, tokens, rows_);
+    ptx::wgmma_commit();
+    turns_.end();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+  }
+
+  // Steps kFirst up to kLast of a unit.
   template <int kFirst, int kLast, int kSize>
   __device__ __forceinline__ void start(float (&d)[kSize], std::uint32_t weights,
                                         std::uint32_t tokens, const Rows& rows) const {
@@ -170,63 +195,11 @@ class SlabProduct {
     if constexpr (kFirst + 1 < kLast) start<kFirst + 1, kLast>(d, weights, tokens, rows);
   }
 
-  // `then`: what is done while the tensor cores work on the last part.
-  template <typename Then>
-  __device__ __forceinline__ void multiply(int slot, int unit, Then&& then) {
-    const std::uint32_t weights = slab(slot) + unit * Rows::kSteps * kStepBytes;
-    const std::uint32_t tokens = buffers_.tokens(slot, unit);
-    if constexpr (!Rows::kIsSwitched) {
-      ptx::wgmma_fence();
-      start<0, Rows::kSteps>(acc_.d, weights, tokens, rows_);
-      start<0, Rows::kSteps>(acc_.odd, weights + kOther, tokens, other_rows_);
-      ptx::wgmma_commit();
-      then();
-      ptx::wgmma_wait_for<kSums>(acc_.d);
-      ptx::wgmma_wait_for<kSums>(acc_.odd);
-    } else {
-      part<0>(weights, tokens, then);
-      if constexpr (Rows::kParts == 2) part<1>(weights, tokens, then);
-    }
-  }
-
-  // Between two changes of rows.
-  template <int kPart, typename Then>
-  __device__ __forceinline__ void part(std::uint32_t weights, std::uint32_t tokens, Then&& then) {
-    constexpr int kFirst = kPart * Rows::kPeriod, kLast = kFirst + Rows::kPeriod;
-    if constexpr (kPart > 0) acc_.template switch_rows<kLive>(rows_.rows[kPart]);
-#if SAMOYEDS_TURNS >= 1
-    if (SAMOYEDS_TURNS != 1 || kSwitchPeriod == 2) turns_.begin();
-#endif
-    ptx::wgmma_fence();
-#if SAMOYEDS_TURNS == 3
-    if constexpr (Rows::kPeriod == 4) {
-      start<0, 2>(acc_.d, weights, tokens, rows_);
-      ptx::wgmma_commit();
-      start<2, 4>(acc_.d, weights, tokens, rows_);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
-    } else {
-      start<kFirst, kLast>(acc_.d, weights, tokens, rows_);
-      ptx::wgmma_commit();
-    }
-#else
-    start<kFirst, kLast>(acc_.d, weights, tokens, rows_);
-    ptx::wgmma_commit();
-#endif
-#if SAMOYEDS_TURNS >= 1
-    if (SAMOYEDS_TURNS != 1 || kSwitchPeriod == 2) turns_.end();
-#endif
-    if constexpr (kPart + 1 == Rows::kParts) then();
-    ptx::wgmma_wait_for<kSums>(acc_.d);
-  }
-
   SlabAccumulators<Shape>& acc_;
   const Buffers& buffers_;
   const int group_, warp_;
   Turns<Buffers>& turns_;
-  // Of the unit, and of the next one, as the tensor cores may still read the first while that is on
-  // its way; N = M: of the other 64 kept rows, too.
-  Rows rows_, next_, other_rows_, other_;
+  Rows rows_, other_;  // of the unit; N = M: of the other 64 kept rows
 };
 
 }  // namespace samoyeds

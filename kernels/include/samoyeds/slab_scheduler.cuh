@@ -19,7 +19,6 @@ struct HopperShape {
   // Of a tile: what the registers hold, two sums each. Fewer would load the weights more often.
   static constexpr int kTokens = 192;
   static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
-  static constexpr int kCluster = 2;    // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load to those that multiply: all have 168 at first.
   static constexpr int kRegisters = 240, kLoaderRegisters = 24;
@@ -28,7 +27,8 @@ struct HopperShape {
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
 // panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
 // completes when the copies are there, `empty` when every warp of the cluster that multiplies is
-// done with it; `turn` when it is a warpgroup's turn. kSwitchPeriod: 0 where N = M, else as switch_period().
+// done with it; `turn` when it is a warpgroup's turn. kSwitchPeriod: 0 where N = M, else as
+// switch_period().
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -62,7 +62,7 @@ struct HopperBuffers {
   __device__ void init() const {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full(slot), 1);
-      ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
+      ptx::init_barrier(empty(slot), ptx::cluster_size() * Shape::kGroups * kGroupWarps);
     }
     for (int group = 0; group < Shape::kGroups; ++group) {
       ptx::init_barrier(turn(group), kGroupWarps);
@@ -74,7 +74,7 @@ struct HopperBuffers {
   __device__ __forceinline__ void release(int slot) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    if (lane < Shape::kCluster) ptx::arrive_at(empty(slot), lane);
+    if (lane < ptx::cluster_size()) ptx::arrive_at(empty(slot), lane);
   }
 };
 
@@ -99,8 +99,8 @@ class SlabScheduler {
   __device__ SlabScheduler(const SsmmArgs& args, int num_slabs)
       : args_(args), num_slabs_(num_slabs) {}
 
-  __device__ static int first() { return blockIdx.x / Shape::kCluster; }
-  __device__ static int step() { return gridDim.x / Shape::kCluster; }
+  __device__ static int first() { return blockIdx.x / ptx::cluster_size(); }
+  __device__ static int step() { return gridDim.x / ptx::cluster_size(); }
 
   // Without tokens beyond the last item. Reads what it needs each time rather than keep registers.
   __device__ SlabWork at(int item) const {
@@ -117,11 +117,11 @@ class SlabScheduler {
       part /= group_size;
       if (chosen != guess) tile = tile_at(chosen);
     }
-    const int begin = part * (Shape::kCluster * Shape::kGroups);
-    const int count = min(Shape::kCluster * Shape::kGroups, num_slabs_ - begin);
-    const int rank = blockIdx.x % Shape::kCluster;
-    const int first = ceil_div(count * rank, Shape::kCluster);
-    const int slabs = ceil_div(count * (rank + 1), Shape::kCluster) - first;
+    const int cluster = ptx::cluster_size(), rank = ptx::cluster_rank();
+    const int begin = part * (cluster * Shape::kGroups);
+    const int count = min(cluster * Shape::kGroups, num_slabs_ - begin);
+    const int first = ceil_div(count * rank, cluster);
+    const int slabs = ceil_div(count * (rank + 1), cluster) - first;
     return {uniform(tile.expert), uniform(tile.first),
             uniform((begin + first) << 16 | slabs << 8 | tile.count)};
   }

@@ -37,13 +37,14 @@ constexpr SsmmVariant variant() {
           {kernel<Shape, 0>(), kernel<Shape, 1>(), kernel<Shape, 2>(), kernel<Shape, 4>()}};
 }
 
+// `cluster`: thread blocks; the kernel takes what it is launched with.
 template <class Shape>
-constexpr SsmmVariant hopper_variant() {
+constexpr SsmmVariant hopper_variant(int cluster) {
   SsmmVariant v{};
   v.m_frags = v.warps_n = v.warps_k = v.min_blocks = 1;
   v.n_frags = Shape::kTokens / 8;
   v.warps_m = Shape::kGroups * 4;
-  v.cluster = Shape::kCluster;
+  v.cluster = cluster;
   v.tokens = Shape::kTokens;
   v.threads = Shape::kThreads;
   v.needs_sm90a = v.is_hopper = true;
@@ -71,7 +72,8 @@ const SsmmVariant* variants() {
       variant<SsmmShape<T, 3, 1, 4, 1, 2>>(), variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
       variant<SsmmShape<T, 3, 1, 4, 2, 1>>(), variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
       variant<SsmmShape<T, 3, 4, 4, 2, 1>>(), variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
-      hopper_variant<HopperShape<T>>(),
+      hopper_variant<HopperShape<T>>(2),      hopper_variant<HopperShape<T>>(3),
+      hopper_variant<HopperShape<T>>(4),
   };
   return table;
 }

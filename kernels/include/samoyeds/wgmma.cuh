@@ -8,16 +8,28 @@
 
 namespace samoyeds::ptx {
 
-// Global to shared memory, to the same place in all thread blocks of a cluster, each of whose own
-// barrier is told; else as copy_bulk.
-template <int kCluster>
+// Thread blocks of this one's cluster, and its number among them.
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(rank));
+  return rank;
+}
+
+// Global to shared memory, to the same place in all `cluster` thread blocks of this one's, each of
+// whose own barrier is told; else as copy_bulk.
 __device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t to, const void* from,
-                                                     int num_bytes, std::uint32_t barrier) {
-  constexpr std::uint16_t kAll = (1 << kCluster) - 1;
+                                                     int num_bytes, std::uint32_t barrier,
+                                                     int cluster) {
+  const std::uint16_t all = static_cast<std::uint16_t>((1 << cluster) - 1);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
       "[%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(num_bytes), "r"(barrier), "h"(kAll)
+      "l"(from), "r"(num_bytes), "r"(barrier), "h"(all)
       : "memory");
 }
 
@@ -159,17 +171,24 @@ __device__ __forceinline__ void wgmma_wait() {}
 template <int kCount, int kSize>
 __device__ __forceinline__ void wgmma_wait_for(float (&)[kSize]) {}
 template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], std::uint64_t, std::uint64_t,
-                                                      std::uint32_t) {}
+__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], std::uint64_t,
+                                                      std::uint64_t, std::uint32_t) {}
 #endif
+
+// The place of an operand in shared memory, in units of 16 bytes: 14 bits. NOTE: in a cluster, bits
+// beyond them hold the number of the thread block.
+__device__ __forceinline__ std::uint32_t descriptor_start(std::uint32_t address,
+                                                          std::uint32_t offset) {
+  return address / 16 % (1u << 14) + offset / 16;
+}
 
 // Operand B at an address in shared memory that is a multiple of 1024, and `offset` bytes beyond:
 // rows of 128 bytes, 128-byte swizzle, 8 rows a repeat (PTX ISA, "Matrix descriptor format").
 __device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t address,
                                                              std::uint32_t offset) {
   constexpr std::uint32_t kRepeatBytes = 1024, kSwizzle128 = 1u << 30;
-  const std::uint32_t low = (address / 16 | 1u << 16) + offset / 16;
-  return static_cast<std::uint64_t>(kSwizzle128 | kRepeatBytes / 16) << 32 | low;
+  return static_cast<std::uint64_t>(kSwizzle128 | kRepeatBytes / 16) << 32 |
+         (descriptor_start(address, offset) | 1u << 16);
 }
 
 // Operand A at an address in shared memory, and `offset` bytes beyond: matrices of 8 rows x 16
@@ -178,8 +197,8 @@ template <int kNextCols, int kNextRows>
 __device__ __forceinline__ std::uint64_t plain_descriptor(std::uint32_t address,
                                                           std::uint32_t offset) {
   static_assert(kNextCols % 16 == 0 && kNextRows % 16 == 0, "distances count 16 bytes");
-  const std::uint32_t low = (address / 16 | kNextCols / 16 << 16) + offset / 16;
-  return static_cast<std::uint64_t>(kNextRows / 16) << 32 | low;
+  return static_cast<std::uint64_t>(kNextRows / 16) << 32 |
+         (descriptor_start(address, offset) | kNextCols / 16 << 16);
 }
 
 }  // namespace samoyeds::ptx
