@@ -17,7 +17,7 @@ import torch
 from samoyeds_hf import SparsityPattern
 from samoyeds_hf.format import SparseWeight, stored_shapes
 
-NAME = "m16k128.v3"
+NAME = "m16k128.v2"
 TILE_ROWS = 16  # kept rows of a tile
 BLOCK_COLS = 128  # dense columns of a block
 DENSE24, SWITCHED, STEPPED, GENERAL = "dense24", "switched", "stepped", "general"
@@ -78,13 +78,8 @@ class Layout:
         return ceil(self.cols / BLOCK_COLS)
 
     @property
-    def half_bytes(self) -> int:
-        """From rows 0..7 of a block, with the metadata of half its steps, to rows 8..15."""
-        return 1024 + 128 + (16 if self.has_switches else 0)
-
-    @property
     def block_bytes(self) -> int:
-        return self.half_bytes + 1024 + 128
+        return 2304 + (16 if self.has_switches else 0)
 
     @property
     def sub_rows(self) -> int:
@@ -128,18 +123,19 @@ class Layout:
         return SLOTS * block + slot
 
 
-def value_byte(layout: Layout, row: int, column: int) -> int:
+def value_byte(row: int, column: int) -> int:
     """Of a value in its block; column 0..63 counts compressed columns."""
-    matrix = column // 8  # 8 rows of 16 bytes
-    return (row // 8) * layout.half_bytes + matrix * 128 + (row % 8) * 16 + (column % 8) * 2
+    step, inside = column // 16, column % 16
+    lane = (row % 8) * 4 + (inside % 8) // 2
+    register = (1 if row >= 8 else 0) + (2 if inside >= 8 else 0)
+    return step * 512 + lane * 16 + register * 4 + (inside % 2) * 2
 
 
-def nibble_place(layout: Layout, row: int, group: int) -> tuple[int, int]:
+def nibble_place(row: int, group: int) -> tuple[int, int]:
     """Byte of the 32-bit word in its block, and first bit in the word; group 0..31."""
     step, inside = group // 8, group % 8
     word = (row % 8) * 4 + (step % 2) * 2 + (1 if inside >= 4 else 0)
-    start = step // 2 * layout.half_bytes + 1024
-    return start + word * 4, (16 if row >= 8 else 0) + inside % 4 * 4
+    return 2048 + step // 2 * 128 + word * 4, (16 if row >= 8 else 0) + inside % 4 * 4
 
 
 class Places(NamedTuple):
@@ -167,9 +163,9 @@ def places(layout: Layout) -> Places:
                 for inside in range(64):
                     column = block * 64 + inside
                     if kept is not None and column < layout.cols // 2:
-                        values[kept, column] = start + value_byte(layout, row, inside)
+                        values[kept, column] = start + value_byte(row, inside)
                 for inside in range(32):
-                    byte, bit = nibble_place(layout, row, inside)
+                    byte, bit = nibble_place(row, inside)
                     place = 2 * (start + byte) + bit // 4
                     group = block * 32 + inside
                     if kept is not None and group < layout.cols // 4:
@@ -179,7 +175,7 @@ def places(layout: Layout) -> Places:
                 if layout.has_switches and kept is not None:
                     for step in range(4):
                         column = min(block * BLOCK_COLS + 32 * step, layout.cols - 1)
-                        byte = start + 1152 + 4 * step + row // 8
+                        byte = start + 2304 + 4 * step + row // 8
                         switches.append((kept, column // v, byte, row % 8))
             if layout.kind == GENERAL and kept is not None:
                 for sub_row in range(layout.sub_rows):

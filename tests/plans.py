@@ -132,8 +132,7 @@ class Instance(NamedTuple):
         """Pipeline with its barriers, staged results, and what aligns the tokens."""
         groups = self.warps_m // GROUP_WARPS
         kept_rows = SLAB_ROWS // 2 if product.v else SLAB_ROWS
-        tile = 2 * (1024 + 128 + (16 if product.v else 0))  # halves lie at one distance
-        weights = groups * kept_rows // 16 * tile
+        weights = groups * kept_rows // 16 * BLOCK_BYTES
         stage = self.tokens * BLOCK_COLS * 2 + weights + 2 * 8
         staged = groups * self.tokens // 2 * BLOCK_COLS  # half a tile, 64 columns of 2 bytes
         return self.stages(product)[0] * stage + staged + 1024
@@ -158,15 +157,13 @@ class PlanNumbers(NamedTuple):
 
 
 HOPPER = Instance(m_frags=1, n_frags=24, warps_m=8, warps_n=1, warps_k=1, cluster=2)
-CLUSTERS = (2, 3, 4)  # thread blocks, that the Hopper kernel is launched with
 
 
 def compiled_instances() -> list[Instance]:
     table = VARIANTS.read_text()
     found = re.findall(r"SsmmShape<T,([\s\d,]+)>", table)
     instances = [Instance(*map(int, numbers.split(","))) for numbers in found]
-    clusters = re.findall(r"hopper_variant<HopperShape<T>>\((\d)\)", table)
-    return instances + [HOPPER._replace(cluster=int(size)) for size in clusters]
+    return instances + [HOPPER] * len(re.findall(r"hopper_variant<HopperShape<T", table))
 
 
 INSTANCES = compiled_instances()

@@ -46,7 +46,7 @@ from cuda_helpers import (
     workspace_for,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits
-from plans import CLUSTERS, HOPPER, Gpu, Instance, PlanNumbers, Product, broken_rules
+from plans import HOPPER, Gpu, Instance, PlanNumbers, Product, broken_rules
 
 from samoyeds_hf import library
 
@@ -78,16 +78,13 @@ def product_of(weight: Weight, may_split: bool = False) -> Product:
 
 
 def hopper_plan(weight: Weight, **changes: int) -> library.Plan:
-    """For clusters of two thread blocks unless said otherwise, or one step beyond a plan."""
+    """The only one, or one step beyond."""
     numbers = HOPPER.plan(HOPPER.stages(product_of(weight))[0])
     return library.Plan(*numbers._replace(**changes))
 
 
-def layer_plans(layer: Layer, cluster: int = HOPPER.cluster) -> dict[str, library.Plan]:
-    return {
-        "plan": hopper_plan(layer.gate_up, cluster=cluster),
-        "down_plan": hopper_plan(layer.down, cluster=cluster),
-    }
+def layer_plans(layer: Layer) -> dict[str, library.Plan]:
+    return {"plan": hopper_plan(layer.gate_up), "down_plan": hopper_plan(layer.down)}
 
 
 def instance_of(plan: library.Plan) -> Instance:
@@ -105,11 +102,8 @@ def layer_with(counts: list[int], dtype: torch.dtype, seed: int, sizes: Shape = 
 
 
 def check_layer(layer: Layer, seed: int) -> None:
-    """The layer, and each of its products alone; clusters of all sizes give the same bits."""
+    """The layer, and each of its products alone."""
     check_mlp(layer, **layer_plans(layer))
-    found = moe_mlp(layer, **layer_plans(layer))
-    for cluster in CLUSTERS:
-        assert_same_bits(moe_mlp(layer, **layer_plans(layer, cluster)), found)
     check_up(layer, hopper_plan(layer.gate_up))
     check_down(layer, seed, hopper_plan(layer.down))
 
@@ -180,13 +174,12 @@ def test_choices_of_a_token(top_k: int, seed: int) -> None:
         check_layer(layer, seed)
 
 
-# hidden, inner. A cluster has two warpgroups a thread block, here 4, 6 and 8; a slab is 128 rows.
+# hidden, inner. A cluster has four warpgroups, of two thread blocks; a slab is 128 rows.
 LAYER_SIZES = {
-    "one slab of down: one warpgroup works, other blocks only load; one block of k": (128, 128),
-    "three slabs of down: of 4, the last warpgroup has none; of 6, one a block": (384, 128),
-    "five slabs of down: 4, then 1; of 6, all but one": (640, 256),
-    "six slabs of up: 4, then one for each block; of 6, all; of 8, blocks with one": (256, 384),
-    "nine slabs of down: 4, 4, 1; 6, 3; 8, 1": (1152, 128),
+    "one slab of down: one warpgroup of four works; one block of k": (128, 128),
+    "three slabs of down: the last warpgroup has none": (384, 128),
+    "five slabs of down: four, then one": (640, 256),
+    "six slabs of up: four, then one for each thread block": (256, 384),
     "long k of up": (4096, 128),
     "long k of down": (128, 4096),
     "22 slabs of up, 11 blocks of down": (2048, 1408),
@@ -413,21 +406,19 @@ def test_a_graph_follows_its_inputs(dtype: torch.dtype, seed: int) -> None:
 # --- what is refused -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
 @each_pattern
-def test_a_cluster_has_one_plan(text: str, cluster: int) -> None:
-    instance = HOPPER._replace(cluster=cluster)
+def test_there_is_one_plan(text: str) -> None:
     layer = random_layer(MIDDLE._replace(tokens=3, up=text, down=text), torch.bfloat16, 0)
     for is_down, weight in ((False, layer.gate_up), (True, layer.down)):
         product, taken = product_of(weight, may_split=is_down), []
-        for plan in plans.plans_of(instance, product.blocks):
+        for plan in plans.plans_of(HOPPER, product.blocks):
             found = refused(plan, layer, is_down)
             if found is None:
                 taken.append(plan)
             else:
                 broken = broken_rules(plan, product, Gpu.current())
                 assert any(words in found for words in broken), f"{plan}: {found}, but {broken}"
-        assert taken == [instance.plan(stages=2 if text == "2:4" else 3)]
+        assert taken == [HOPPER.plan(stages=2 if text == "2:4" else 3)]
 
 
 def check_refusal(status: int, words: str, call: Any, *arguments: Any) -> None:
@@ -454,7 +445,7 @@ def test_sizes_must_be_multiples_of_128(m: int, k: int, seed: int) -> None:
     plan, words = hopper_plan(weight), f"multiples of 128, found {m} x {k}$"
     check_refusal(UNSUPPORTED, words, linear, weight, x, plan)
     # Without a plan another kernel serves it, which needs no workspace.
-    assert not instance_of(chosen_plan(weight, 3000, 1, False)).is_hopper
+    assert instance_of(chosen_plan(weight, 3000, 1, False)) != HOPPER
     assert linear_workspace_bytes(weight.ready, 3000) == 0
     check_linear(weight, x)
 
@@ -524,9 +515,8 @@ def test_many_tokens_choose_it(text: str, seed: int) -> None:
     for is_down, weight in ((False, layer.gate_up), (True, layer.down)):
         for tokens, is_ours in ((4096, True), (1, False), (8, False)):
             plan = chosen_plan(weight, tokens, 2, is_down)
-            assert instance_of(plan).is_hopper == is_ours
-            expected = hopper_plan(weight, cluster=plan.cluster)
-            assert not is_ours or bytes(plan) == bytes(expected)
+            assert (instance_of(plan) == HOPPER) == is_ours
+            assert not is_ours or bytes(plan) == bytes(hopper_plan(weight))
     assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer)))
 
 
@@ -536,9 +526,7 @@ def test_many_rows_choose_it(seed: int) -> None:
     x = torch.randn(4096, 2048, generator=rng, device=DEVICE).half()
     assert linear_workspace_bytes(weight.ready, 4096) > 0
     assert linear_workspace_bytes(weight.ready, 8) == 0
-    for cluster in CLUSTERS:
-        plan = hopper_plan(weight, cluster=cluster)
-        assert_same_bits(linear(weight, x), linear(weight, x, plan))
+    assert_same_bits(linear(weight, x), linear(weight, x, hopper_plan(weight)))
     check_linear(weight, x)
     check_linear(weight, x[:8])
 
@@ -558,7 +546,7 @@ def test_a_layer_falls_back(reason: str, dtype: torch.dtype, seed: int) -> None:
     shape, is_down = FALLBACKS[reason]
     layer = random_layer(shape, dtype, seed)
     weight = layer.down if is_down else layer.gate_up
-    assert instance_of(chosen_plan(weight, shape.tokens, shape.top_k, is_down)).is_hopper
+    assert instance_of(chosen_plan(weight, shape.tokens, shape.top_k, is_down)) == HOPPER
     check_mlp(layer)
     check_up(layer)
     check_down(layer, seed)

@@ -128,18 +128,19 @@ DENSE(dense_fp16, "f16")
 def group_product(name: str, dtype: str, is_sparse: bool, tokens: int) -> str:
     """A kernel whose single product is that of a warpgroup, which only sm_90a has."""
     count = tokens // 2  # results of a thread
-    operands = [f"%{number}" for number in range(count + 3)]
-    results, (a, b, meta) = ", ".join(operands[:count]), operands[count:]
-    kind, k, more = (".sp", 32, f", {meta}, 0") if is_sparse else ("", 16, "")
+    operands = [f"%{number}" for number in range(count + 6)]
+    results, values = ", ".join(operands[:count]), ", ".join(operands[count:-2])
+    kind, k, meta = (".sp", 32, f", {operands[-1]}, 0") if is_sparse else ("", 16, "")
     text = (
         "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned; "
         f"wgmma.mma_async{kind}.sync.aligned.m64n{tokens}k{k}.f32.{dtype}.{dtype} "
-        f"{{{results}}}, {a}, {b}{more}, p, 1, 1, 0, 0; "
+        f"{{{results}}}, {{{values}}}, {operands[-2]}{meta}, p, 1, 1, 0; "
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
     )
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    arguments = "float* d, unsigned long long a, unsigned long long b, unsigned meta"
-    body = f'asm volatile("{text}" : {outputs} : "l"(a), "l"(b), "r"(meta));'
+    inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(a[4])'
+    arguments = "float* d, const unsigned* a, unsigned long long b"
+    body = f'asm volatile("{text}" : {outputs} : {inputs});'
     return f'extern "C" __global__ void {name}({arguments}) {{ {body} }}\n'
 
 
@@ -191,7 +192,7 @@ def products_of(code: bytes) -> Iterator[TensorProduct]:
     for low, high in struct.iter_unpack("<QQ", code):
         if low & 0xFFF == 0x23C:
             yield TensorProduct(high & 0x4200 == 0x4200, 8)
-        if low & 0xFFF == 0x9F0:  # operand A in shared memory
+        if low & 0xFFF == 0xDF0:
             yield TensorProduct(high & 0x200 == 0x200, 8 * ((low >> 53 & 31) + 1))
 
 
@@ -223,7 +224,7 @@ def test_exports_are_the_headers_functions(library: Path) -> None:
 def test_library_loads_without_gpu(library: Path) -> None:
     found = KernelLibrary(library)
     assert re.fullmatch(r"compute_90, CUDA \d+\.\d+\.\d+", found.build_info)
-    assert found.layout == "m16k128.v3"
+    assert found.layout == "m16k128.v2"
     assert found.heuristics.count("\n") > 3
     weight = Weight(num_experts=2, rows=64, cols=128, n=1, m=2, v=32)
     num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(weight))

@@ -160,7 +160,7 @@ int main(int, char** argv) {
         for (int c = 0; c < kBlockCols / 2; ++c) {
           const int column = block * kBlockCols / 2 + c;
           if (kept < 0 || column >= columns) continue;
-          std::memcpy(at + value_offset(l, row, c), &values[kept * columns + column], 2);
+          std::memcpy(at + value_offset(row, c), &values[kept * columns + column], 2);
         }
         for (int g = 0; g < kBlockCols / kGroup; ++g) {
           const int group = block * kBlockCols / kGroup + g;
@@ -168,9 +168,9 @@ int main(int, char** argv) {
           const int byte = kept * meta_bytes_per_row(cols) + group / 2;
           const unsigned nibble = exists ? nibble_of(meta[byte], group) : encode_nibble(0, 1);
           std::uint32_t word;
-          std::memcpy(&word, at + meta_offset(l, row, g), 4);
+          std::memcpy(&word, at + meta_offset(row, g), 4);
           word |= nibble << meta_shift(row, g);
-          std::memcpy(at + meta_offset(l, row, g), &word, 4);
+          std::memcpy(at + meta_offset(row, g), &word, 4);
         }
         for (int step = 0; switches_rows(l) && step < kStepsPerBlock; ++step) {
           int column = block * kBlockCols + step * kStepCols;

@@ -48,24 +48,6 @@ Error load_kernel(const void* kernel, int& own_shared_bytes) {
   return {};
 }
 
-// How many clusters of a variant's thread blocks the GPU runs at once; 0 where it can have none.
-int count_clusters(const SsmmVariant& variant, int number) {
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim = {static_cast<unsigned>(variant.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(variant.cluster);
-  config.blockDim = static_cast<unsigned>(variant.threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(variant.hopper_bytes[number]);
-  config.attrs = &size;
-  config.numAttrs = 1;
-  const auto* kernel = reinterpret_cast<const void*>(variant.kernels[number]);
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-  cudaGetLastError();
-  return 0;
-}
-
 Error load_kernels(Device& device) {
   int most_own = 0;
   for (const SsmmVariant* table : {bf16_variants(), fp16_variants()}) {
@@ -81,10 +63,6 @@ Error load_kernels(Device& device) {
                                             device.block_shared_bytes - own),
                        "reserving shared memory"));
         most_own = std::max(most_own, own);
-      }
-      if (table[i].is_hopper) {
-        // Of all its kernels alike: their shared memory leaves one thread block to an SM.
-        device.num_clusters[table[i].cluster] = count_clusters(table[i], 0);
       }
     }
   }

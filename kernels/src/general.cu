@@ -24,16 +24,6 @@ __device__ uint4 only_groups(uint4 a, int first, int last) {
   return a;
 }
 
-// Fragment A of a step.
-__device__ uint4 load_step(const std::uint8_t* block, int step) {
-  const std::uint8_t* low = block + step * kStepBytes + threadIdx.x * 4;
-  const std::uint8_t* high = low + half_bytes(false);
-  const auto word = [](const std::uint8_t* at) {
-    return *reinterpret_cast<const std::uint32_t*>(at);
-  };
-  return {word(low), word(high), word(low + kMatrixBytes), word(high + kMatrixBytes)};
-}
-
 template <typename T>
 struct Tokens8 {
   static_assert(kGeneralTokens == 8, "fragment B has 8 tokens");
@@ -101,9 +91,9 @@ __global__ void __launch_bounds__(kWarpThreads) general_kernel(const __grid_cons
     for (int step = 0; step < kStepsPerBlock; ++step) {
       const int start = block * kBlockCols + step * kStepCols;
       if (start >= l.cols) break;
-      const uint4 values = load_step(weights, step);
-      const std::uint32_t meta =
-          *reinterpret_cast<const std::uint32_t*>(weights + meta_word_offset(l, step / 2, lane));
+      const uint4 values = *reinterpret_cast<const uint4*>(weights + step * kStepBytes + lane * 16);
+      const std::uint32_t meta = *reinterpret_cast<const std::uint32_t*>(
+          weights + kMetaOffset + step / 2 * kMetaPairBytes + lane * 4);
       std::uint32_t b[4];
       tokens.load(b, start, l.cols);
       const int end = min(start + kStepCols, l.cols);

@@ -45,20 +45,6 @@ int parts_of(const SsmmVariant& variant, const Layout& layout) {
   return ceil_div(layout.tiles / slab_tiles(layout), variant.warps_m / 4 * variant.cluster);
 }
 
-// Clusters of thread blocks, or blocks alone, that run at the same time.
-std::int64_t slots_of(const Device& device, const SsmmVariant& variant, const SamoyedsPlan& plan) {
-  return variant.is_hopper ? device.num_clusters[variant.cluster]
-                           : device.num_sms * plan.blocks_per_sm;
-}
-
-// Share of a GPU's warpgroups that multiply: others have no rows, or are in no cluster.
-double used_share(const Device& device, const SsmmVariant& variant, const Layout& layout) {
-  if (!variant.is_hopper) return 1;
-  const double slabs = layout.tiles / slab_tiles(layout), groups = variant.warps_m / 4;
-  return slabs / (parts_of(variant, layout) * groups) * device.num_clusters[variant.cluster] /
-         device.num_sms;
-}
-
 // Of the Hopper kernel without routing: tokens of a full tile, so that its items end soonest. An
 // item costs as many tokens as it multiplies, and what its first and last block cost.
 int best_tile_tokens(const SsmmVariant& variant, int num_rows, int parts, int num_clusters) {
@@ -172,10 +158,6 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
   if (!kernel_for(*variant, layout)) {
     return unsupported("this plan needs a V that is a multiple of 64");
   }
-  if (variant->is_hopper && device.num_clusters[variant->cluster] == 0) {
-    return unsupported("this plan needs a GPU that runs clusters of " +
-                       std::to_string(plan.cluster) + " thread blocks, found one without");
-  }
   if (variant->is_hopper && is_down && layout.interleaved) {
     return unsupported("this plan needs a down product whose weight is no gate_up, found one");
   }
@@ -231,8 +213,6 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     const double items = expected_tiles(load, variant) * parts_of(variant, layout) *
                          variant.cluster * (may_split ? max_splits(layout, plan) : 1);
     if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
-    const double used = used_share(device, variant, layout);
-    if (used == 0 || used < rule.min_used) continue;
     plan.stages = largest_stages(device, variant, plan, layout);
     if (plan.stages < 3 && plan.blocks_per_sm > 1) {
       plan.blocks_per_sm = 1;
@@ -257,10 +237,10 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
            std::int64_t max_tiles) {
   const SsmmVariant& variant = *find_variant(plan, dtype);
   const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
-  const std::int64_t slots = slots_of(stream.device, variant, plan);
+  const int cluster = variant.cluster;
   if (variant.is_hopper && !args.tokens.tiles) {
-    args.tokens.tile_tokens =
-        best_tile_tokens(variant, args.tokens.num_rows, parts, static_cast<int>(slots));
+    const int num_clusters = stream.device.num_sms / cluster;
+    args.tokens.tile_tokens = best_tile_tokens(variant, args.tokens.num_rows, parts, num_clusters);
     max_tiles = ceil_div(args.tokens.num_rows, args.tokens.tile_tokens);
   }
   if (max_tiles > kMaxTiles) {
@@ -268,6 +248,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
                        " tiles of tokens, found " + std::to_string(max_tiles));
   }
   const std::int64_t items = max_tiles * parts;
+  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
@@ -277,15 +258,14 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
                        " parts, found " + std::to_string(items));
   }
   return launch_clusters(stream, kernel_for(variant, args.layout),
-                         static_cast<unsigned>(std::min(items, slots) * variant.cluster),
-                         variant.threads, shared_bytes(variant, plan, args.layout), variant.cluster,
-                         args);
+                         static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
+                         shared_bytes(variant, plan, args.layout), cluster, args);
 }
 
 const char* heuristics() {
   static const std::string text = [] {
     std::string table =
-        "capability  pattern  V      k        tokens/expert  waves   used     m_frags  n_frags  "
+        "capability  pattern  V      k        tokens/expert  waves   m_frags  n_frags  "
         "warps (m, n, k)  cluster  blocks/SM  measured\n";
     for (const Rule& r : kRules) {
       const auto at_least = [](double x) {
@@ -296,19 +276,17 @@ const char* heuristics() {
       char most[16] = "", line[200];
       if (r.max_tokens < kAny) std::snprintf(most, sizeof most, "<= %g", r.max_tokens);
       const std::string tokens = r.max_tokens < kAny ? most : at_least(r.min_tokens);
-      std::snprintf(
-          line, sizeof line,
-          "%s%d.%d      %-7s  %-5s  %-7s  %-13s  %-6s  %-7s  %-7d  %-7d  (%d, %d, %d)        "
-          "%-7d  %-9d  ",
-          r.max_capability == r.min_capability ? "= " : ">=", r.min_capability / 10,
-          r.min_capability % 10,
-          find_variant(r.plan, SAMOYEDS_BF16)->is_stepped ? "3:4:V" : "others",
-          r.v_step ? "64*n" : "any", at_least(r.min_cols).c_str(), tokens.c_str(),
-          at_least(r.min_waves).c_str(), at_least(r.min_used).c_str(),
-          static_cast<int>(r.plan.m_frags), static_cast<int>(r.plan.n_frags),
-          static_cast<int>(r.plan.warps_m), static_cast<int>(r.plan.warps_n),
-          static_cast<int>(r.plan.warps_k), static_cast<int>(r.plan.cluster),
-          static_cast<int>(r.plan.blocks_per_sm));
+      std::snprintf(line, sizeof line,
+                    "%s%d.%d      %-7s  %-5s  %-7s  %-13s  %-6s  %-7d  %-7d  (%d, %d, %d)        "
+                    "%-7d  %-9d  ",
+                    r.max_capability == r.min_capability ? "= " : ">=", r.min_capability / 10,
+                    r.min_capability % 10,
+                    find_variant(r.plan, SAMOYEDS_BF16)->is_stepped ? "3:4:V" : "others",
+                    r.v_step ? "64*n" : "any", at_least(r.min_cols).c_str(), tokens.c_str(),
+                    at_least(r.min_waves).c_str(), static_cast<int>(r.plan.m_frags),
+                    static_cast<int>(r.plan.n_frags), static_cast<int>(r.plan.warps_m),
+                    static_cast<int>(r.plan.warps_n), static_cast<int>(r.plan.warps_k),
+                    static_cast<int>(r.plan.cluster), static_cast<int>(r.plan.blocks_per_sm));
       table += std::string(line) + r.measured + "\n";
     }
     return table +

@@ -65,8 +65,6 @@ INSTANCES = (  # m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of va
     (3, 4, 4, 2, 1, 1),
     (3, 6, 4, 2, 1, 1),
     (1, 24, 8, 1, 1, 2),
-    (1, 24, 8, 1, 1, 3),
-    (1, 24, 8, 1, 1, 4),
 )
 STAGES, BLOCKS_PER_SM, SPLITS = (2, 3, 4, 6, 8), (1, 2), (1, 2, 4, 8)
 

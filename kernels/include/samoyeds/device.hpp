@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cstdint>
 #include <string>
 
@@ -29,17 +28,12 @@ const char* last_error();  // of the calling thread
 #define SAMOYEDS_RETURN_IF_ERROR(expression) \
   if (::samoyeds::Error error_ = (expression)) return error_
 
-inline constexpr int kMaxCluster = 4;  // thread blocks
-
 struct Device {
   int ordinal = -1;
   int capability = 0;  // 10 * major + minor
   int num_sms = 0;
   int block_shared_bytes = 0;  // most that a thread block may ask for beside a kernel's own
   int sm_shared_bytes = 0;
-  // Clusters of so many thread blocks of the Hopper kernel that run at the same time: a cluster's
-  // SMs are neighbours, and GPUs differ in which of them are there.
-  std::array<int, kMaxCluster + 1> num_clusters{};
 };
 
 // Makes a device the current one until the guard goes.

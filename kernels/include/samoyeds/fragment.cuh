@@ -1,21 +1,13 @@
-// The fragment order "m16k128.v3": how a packed weight lies in memory.
+// The fragment order "m16k128.v2": how a packed weight lies in memory.
 //
-// A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it,
-// rows 0..7 and then rows 8..15:
+// A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it:
 //
-//   block   values  1024 B   rows 0..7: 4 steps of 32 columns, 2 matrices of 8 rows x 16 B each
-//           meta     128 B   of steps 0 and 1: a word a lane (selectors 0 and 1), for all 16 rows
+//   block   values  2048 B   4 steps of 32 columns; a step is one 16-byte load a lane: fragment A
+//           meta     256 B   2 words a lane; one word serves two steps (selectors 0 and 1)
 //           rows      16 B   only where rows switch: a word a step; bit r = row r of the tile takes
 //                            the later one of its two dense rows
-//           values  1024 B   rows 8..15
-//           meta     128 B   of steps 2 and 3
 //
 //   packed [E][tile][block], then, for general patterns, index bytes [tile][Sub-Row][16]
-//
-// A matrix is what ldmatrix reads at once, and a "core matrix" of wgmma (PTX ISA, "Shared memory
-// matrix layout"): 8 rows of 8 values. wgmma wants those of all its rows at one distance. They are:
-// the second half of a tile begins half_bytes() behind the first, and the next tile as far behind
-// that, where tiles lie in shared memory at twice half_bytes().
 //
 // mma.sp.m16n8k32 (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"): with lane = 4g + t,
 // register 0 holds row g, compressed columns 2t, 2t+1; register 1 row g+8; registers 2, 3 columns 8
@@ -29,21 +21,18 @@
 
 namespace samoyeds {
 
-inline constexpr const char* kLayoutName = "m16k128.v3";
+inline constexpr const char* kLayoutName = "m16k128.v2";
 
 inline constexpr int kTileRows = 16;    // kept rows of a tile
 inline constexpr int kBlockCols = 128;  // dense columns of a block
 inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction
 inline constexpr int kStepsPerBlock = kBlockCols / kStepCols;
-inline constexpr int kHalfTile = kTileRows / 2;
-inline constexpr int kMatrixCols = 8;                             // compressed
-inline constexpr int kMatrixRowBytes = kMatrixCols * 2;           // of values
-inline constexpr int kMatrixBytes = kHalfTile * kMatrixRowBytes;  // 128
-inline constexpr int kStepBytes = 2 * kMatrixBytes;               // of half a tile's values
-inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;   // in a half
-inline constexpr int kMetaBytes = 128;                            // of two steps
-inline constexpr int kRowsOffset = kMetaOffset + kMetaBytes;      // in the first half
+inline constexpr int kStepBytes = 512;  // of values: 32 lanes x 16 bytes
+inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;
+inline constexpr int kMetaPairBytes = 128;  // of two steps: 32 lanes x 4 bytes
+inline constexpr int kRowsOffset = kMetaOffset + kStepsPerBlock / 2 * kMetaPairBytes;
 inline constexpr int kRowsBytes = kStepsPerBlock * 4;
+inline constexpr int kHalfTile = kTileRows / 2;
 
 enum class Kind {
   kDense24,   // N == M: kept rows are the dense rows
@@ -81,11 +70,6 @@ SAMOYEDS_HOST_DEVICE constexpr bool switches_rows(const Layout& l) {
   return l.kind == Kind::kSwitched || l.kind == Kind::kStepped;
 }
 
-// From the first half of a block to the second.
-SAMOYEDS_HOST_DEVICE constexpr int half_bytes(bool has_switches) {
-  return kRowsOffset + (has_switches ? kRowsBytes : 0);
-}
-
 SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pattern,
                                                   bool is_gate_up) {
   Layout l{};
@@ -111,7 +95,7 @@ SAMOYEDS_HOST_DEVICE constexpr Layout make_layout(int rows, int cols, Pattern pa
   l.tiles = tiles_of_places * (l.interleaved ? ceil_div(l.places / 2, kHalfTile)
                                              : ceil_div(l.places, l.rows_per_tile));
   l.blocks = ceil_div(cols, kBlockCols);
-  l.block_bytes = half_bytes(switches_rows(l)) + kRowsOffset;
+  l.block_bytes = kRowsOffset + (switches_rows(l) ? kRowsBytes : 0);
   l.index_offset = static_cast<std::int64_t>(l.tiles) * l.blocks * l.block_bytes;
   l.expert_bytes = l.index_offset;
   if (is_general) {
@@ -147,21 +131,18 @@ SAMOYEDS_HOST_DEVICE constexpr std::int64_t block_offset(const Layout& l, int ti
 }
 
 // Byte in a block of the value at tile row `row`, compressed column `column` (0..63).
-SAMOYEDS_HOST_DEVICE constexpr int value_offset(const Layout& l, int row, int column) {
-  return row / kHalfTile * half_bytes(switches_rows(l)) + column / kMatrixCols * kMatrixBytes +
-         row % kHalfTile * kMatrixRowBytes + column % kMatrixCols * 2;
-}
-
-// Byte in a block of a lane's metadata word for steps 2 * pair and 2 * pair + 1.
-SAMOYEDS_HOST_DEVICE constexpr int meta_word_offset(const Layout& l, int pair, int lane) {
-  return pair * half_bytes(switches_rows(l)) + kMetaOffset + lane * 4;
+SAMOYEDS_HOST_DEVICE constexpr int value_offset(int row, int column) {
+  const int step = column / 16, in_step = column % 16;
+  const int lane = row % kHalfTile * 4 + in_step % 8 / 2;
+  const int reg = (row >= kHalfTile ? 1 : 0) + (in_step >= 8 ? 2 : 0);
+  return step * kStepBytes + lane * 16 + reg * 4 + in_step % 2 * 2;
 }
 
 // Byte in a block of the metadata word with the nibble of row `row`, group `group` (0..31).
-SAMOYEDS_HOST_DEVICE constexpr int meta_offset(const Layout& l, int row, int group) {
+SAMOYEDS_HOST_DEVICE constexpr int meta_offset(int row, int group) {
   const int step = group / 8, in_step = group % 8;
   const int lane = row % kHalfTile * 4 + step % 2 * 2 + (in_step >= 4 ? 1 : 0);
-  return meta_word_offset(l, step / 2, lane);
+  return kMetaOffset + step / 2 * kMetaPairBytes + lane * 4;
 }
 
 // Place of that nibble in its word.
@@ -183,8 +164,10 @@ SAMOYEDS_HOST_DEVICE constexpr int switch_period(const Layout& l) {
   return v % kBlockCols == 0 ? 4 : v % 64 == 0 ? 2 : 1;
 }
 
-static_assert(half_bytes(false) == 1152 && half_bytes(true) == 1168, "the drawing above");
-static_assert(half_bytes(false) % 16 == 0 && half_bytes(true) % 16 == 0,
-              "matrices are read, and blocks copied, 16 bytes at a time");
+static_assert(kRowsOffset == 2304 && kRowsOffset + kRowsBytes == 2320, "the drawing above");
+static_assert(value_offset(15, 63) == kMetaOffset - 2, "values fill their part of a block");
+static_assert(meta_offset(15, 31) == kRowsOffset - 4, "metadata fills its part of a block");
+static_assert(kRowsOffset % 16 == 0 && kRowsBytes % 16 == 0,
+              "blocks are copied 16 bytes at a time");
 
 }  // namespace samoyeds

@@ -1,8 +1,8 @@
 // The matrix kernel of Hopper for many tokens: the same product as ssmm.cuh, on wgmma.sp.
 //
 // A thread block has two warpgroups that multiply and one that loads, and stays until all items are
-// done. An item is a tile of tokens of one expert times some slabs, one for each warpgroup of a
-// cluster of thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
+// done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
+// a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
 // sums each, or two times 64 kept rows where N = M. Each block of a cluster loads half of the
 // tokens for both.
 //
@@ -39,9 +39,10 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
   const int group = uniform(threadIdx.x / kGroupThreads);
   const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
   constexpr int kStep = Shape::kLiveStep;
+  constexpr bool kTakesTurns = kSwitchPeriod == 2;
   const int blocks = args.layout.blocks;
   Turn turn;
-  Turns<Buffers> turns(buffers, group);
+  if constexpr (kTakesTurns) Turns::start(group);
   SlabWork next = scheduler.at(scheduler.first());
   for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
     const SlabWork work = next;
@@ -50,11 +51,12 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       skip_blocks(buffers, turn, blocks);
       continue;
     }
-    turns.share(work.num_slabs() == Shape::kGroups);
+    const Turns turns(group, work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
     acc.clear();
+    const int first_tile = group * Buffers::kSlabTiles + warp;
     for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
-      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, group, warp,
+      SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,
                                                                         turns)
           .run(turn, blocks);
     });
@@ -69,6 +71,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       SlabStore<Shape, kSwitchPeriod, false, false>(args, work, slab, staged).run(acc);
     }
   }
+  if constexpr (kTakesTurns) Turns::finish(group);
   if (threadIdx.x % kGroupThreads == 0) ptx::wait_for_stores();
 }
 

@@ -26,7 +26,7 @@ struct SsmmVariant {
   bool is_hopper = false;
   int hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
 };
-inline constexpr int kNumVariants = 21;
+inline constexpr int kNumVariants = 19;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
 const SsmmVariant* fp16_variants();
 // Of the kernels above, the one for a weight.

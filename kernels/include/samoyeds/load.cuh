@@ -14,7 +14,7 @@
 
 namespace samoyeds {
 
-inline constexpr int kBlockStride = half_bytes(true) + kRowsOffset;  // also without the row bits
+inline constexpr int kBlockStride = kRowsOffset + kRowsBytes;  // also without the row bits
 inline constexpr int kTokenBytes = kBlockCols * 2;
 inline constexpr int kTokenStride = kTokenBytes + 16;
 inline constexpr int kMaxStages = 8;

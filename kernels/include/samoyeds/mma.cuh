@@ -90,14 +90,6 @@ struct Accumulators {
   }
 };
 
-// Fragment A of a step: four matrices, rows 0..7 and 8..15 by columns 0..7 and 8..15, whose rows'
-// addresses lanes give as for ptx::load_matrices().
-__device__ __forceinline__ uint4 load_fragment(std::uint32_t address) {
-  std::uint32_t a[4];
-  ptx::load_matrices(a, address);
-  return {a[0], a[1], a[2], a[3]};
-}
-
 // One block of 128 columns. `weights` and `tokens` are this warp's in shared memory. The odd-row
 // bits change at most every kSwitchPeriod steps, as switch_period(); the first kLive fragments of
 // tokens are multiplied.
@@ -109,9 +101,6 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
                 "the periods that switch_period() knows");
   static_assert(kLive > 0 && kLive <= kNFrags, "live fragments are some of the warp's");
   const int lane = threadIdx.x % kWarpThreads;
-  constexpr int kHalf = half_bytes(kSwitchPeriod != 0);
-  const std::uint32_t values =
-      lane / 8 % 2 * kHalf + lane / 16 * kMatrixBytes + lane % 8 * kMatrixRowBytes;
   const auto switch_fragment = [&](int m, int step) {
     acc.switch_rows(m, ptx::load_shared_word(weights + m * kBlockStride + kRowsOffset + step * 4));
   };
@@ -147,9 +136,10 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
         if constexpr (kSwitchesInside && kSwitchesOneByOne) {
           if (step % kSwitchPeriod == 0) switch_fragment(m, step);
         }
-        const uint4 a = load_fragment(tile + step * kStepBytes + values);
-        if (half == 0)
-          meta[m] = ptx::load_shared_word(tile + pair * kHalf + kMetaOffset + lane * 4);
+        const uint4 a = ptx::load_shared(tile + step * kStepBytes + lane * 16);
+        if (half == 0) {
+          meta[m] = ptx::load_shared_word(tile + kMetaOffset + pair * kMetaPairBytes + lane * 4);
+        }
 #pragma unroll
         for (int n = 0; n < kLive; ++n) {
           if (half == 0) {

@@ -12,7 +12,7 @@ namespace samoyeds {
 template <class Shape, class Buffers>
 __device__ void load_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                            const Buffers& buffers) {
-  const int cluster = ptx::cluster_size(), rank = ptx::cluster_rank();
+  const int rank = blockIdx.x % Shape::kCluster;
   const int warp = uniform(threadIdx.x / kWarpThreads % kGroupWarps);
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
@@ -28,8 +28,8 @@ __device__ void load_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& sch
                                   block_offset(layout, work.first_slab() * Buffers::kSlabTiles, 0);
     // Eight places at a time, so that what is copied is as it lies there; a share for each block.
     const int eights = ceil_div(work.count(), kPlaceAlign);
-    const int first = eights * rank / cluster * kPlaceAlign;
-    const int count = eights * (rank + 1) / cluster * kPlaceAlign - first;
+    const int first = eights * rank / Shape::kCluster * kPlaceAlign;
+    const int count = eights * (rank + 1) / Shape::kCluster * kPlaceAlign - first;
     const std::uint8_t* tokens = static_cast<const std::uint8_t*>(args.x) +
                                  panel_offset(warp % 2, args.places, work.first + first);
     const int bytes = tiles * layout.block_bytes + eights * kPlaceAlign * 2 * kPanelBytes;
@@ -40,11 +40,11 @@ __device__ void load_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& sch
         if (warp == 0) ptx::arrive_expecting(full, bytes);
         if (warp < 2 && count > 0) {
           const std::uint32_t to = buffers.tokens(turn.slot, warp) + first * kPanelBytes;
-          ptx::copy_bulk_to_cluster(to, tokens, count * kPanelBytes, full, cluster);
+          ptx::copy_bulk_to_cluster<Shape::kCluster>(to, tokens, count * kPanelBytes, full);
         }
 #pragma unroll 1
         for (int tile = warp; tile < tiles; tile += kGroupWarps) {
-          ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileStride,
+          ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * kBlockStride,
                                 weights + tile * tile_stride, layout.block_bytes, full);
         }
       }

@@ -1,5 +1,5 @@
-// The Hopper kernel, shared memory to sparse tensor cores: weights and tokens are read where they
-// are, only metadata goes through registers.
+// The Hopper kernel, shared memory to sparse tensor cores: weights go through registers in fragment
+// order, tokens are read where they are.
 #pragma once
 
 #include "samoyeds/slab_scheduler.cuh"
@@ -41,165 +41,212 @@ struct SlabAccumulators {
   }
 };
 
-// Weights are multiplied by units, whole blocks or halves: what of a unit goes through registers,
-// for a warp's 16 kept rows. Metadata and, of (1, 2, V), the rows' bits of each part between two
-// changes.
-template <int kSwitchPeriod>
-struct RowData {
-  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
-  static constexpr int kUnits = kSwitchPeriod == 1 || kSwitchPeriod == 2 ? 2 : 1;  // of a block
-  static constexpr int kSteps = kStepsPerBlock / kUnits;
-  static constexpr int kPeriod = kIsSwitched ? kSwitchPeriod : kSteps;
-  static constexpr int kParts = kSteps / kPeriod;
-  std::uint32_t meta[kSteps / 2];  // each of two steps
-  std::uint32_t rows[kParts];
+// Weights of a warp for kSteps steps of a block: 16 kept rows x 32 dense columns each.
+template <int kSteps>
+struct Fragments {
+  uint4 a[kSteps];
+  std::uint32_t meta;  // of two steps
+  std::uint32_t rows;  // bit r is set where row r takes the odd dense row
 
-  // `tile`: this warp's block, in shared memory.
-  __device__ __forceinline__ void load(std::uint32_t tile, int unit) {
-    const std::uint32_t words = tile + unit * half_bytes(kIsSwitched) + kMetaOffset;
+  // `tile`: this warp's rows of the block. kHasRows: (1, 2, V), where rows may change at kFirst.
+  template <int kFirst, bool kHasRows>
+  __device__ __forceinline__ void load(std::uint32_t tile) {
+    const int lane = threadIdx.x % kWarpThreads;
+    if constexpr (kHasRows) rows = ptx::load_shared_word(tile + kRowsOffset + kFirst * 4);
+    meta = ptx::load_shared_word(tile + kMetaOffset + kFirst / 2 * kMetaPairBytes + lane * 4);
 #pragma unroll
-    for (int i = 0; i < kSteps / 2; ++i) {
-      meta[i] = ptx::load_shared_word(words + i * half_bytes(kIsSwitched) +
-                                      threadIdx.x % kWarpThreads * 4);
+    for (int i = 0; i < kSteps; ++i) {
+      a[i] = ptx::load_shared(tile + (kFirst + i) * kStepBytes + lane * 16);
     }
-    if constexpr (kIsSwitched) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const int step = unit * kSteps + part * kPeriod;
-        rows[part] = ptx::load_shared_word(tile + kRowsOffset + step * 4);
-      }
-    }
+  }
+
+  // Starts step kStep, number `i` of these, with the first kLive tokens of its panel.
+  template <typename T, int kLive, int kStep, int kSize>
+  __device__ __forceinline__ void start(float (&d)[kSize], int i, std::uint32_t panel) const {
+    ptx::multiply_sparse_async<T, kLive, kStep % 2>(
+        d, a[i], ptx::matrix_descriptor(panel, kStep % 2 * kStepCols * 2), meta);
   }
 };
 
 // The warpgroups of a thread block start their matrix instructions in turn. The tensor cores would
 // else go back and forth between them: both are done at the same time, and both switch rows while
-// nothing is multiplied. Waiting is a loop, which keeps the compiler from switching rows inside the
-// turn.
-template <class Buffers>
+// nothing is multiplied.
 class Turns {
+  static constexpr int kBarrier = 3;  // and those after it; lower ones are taken
+
  public:
-  __device__ Turns(const Buffers& buffers, int group) : buffers_(buffers), group_(group) {
-    if (group == 1) arrive(0);  // the first turn is group 0's
-  }
+  // is_shared: both warpgroups multiply. One alone has barriers of its own, so that no branch comes
+  // between matrix instructions.
+  __device__ Turns(int group, bool is_shared)
+      : threads_(is_shared ? 2 * kGroupThreads : kGroupThreads),
+        mine_(is_shared ? kBarrier + group : kBarrier + 2 + group),
+        next_(is_shared ? kBarrier + 1 - group : kBarrier + 4 + group) {}
 
-  // Before an item. is_shared: both warpgroups multiply; else it is always the same one's turn.
-  __device__ void share(bool is_shared) { next_ = is_shared ? 1 - group_ : group_; }
-
-  __device__ __forceinline__ void begin() {
-    ptx::wait(buffers_.turn(group_), parity_);
-    parity_ ^= 1;
+  // Once, before any turn: the first is group 0's.
+  __device__ static void start(int group) {
+    if (group == 1) ptx::arrive_some(kBarrier, 2 * kGroupThreads);
   }
-  __device__ __forceinline__ void end() const { arrive(next_); }
+  // Once, after all of them.
+  __device__ static void finish(int group) {
+    if (group == 0) ptx::sync_some(kBarrier, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void begin() const { ptx::sync_some(mine_, threads_); }
+  __device__ __forceinline__ void end() const { ptx::arrive_some(next_, threads_); }
 
  private:
-  __device__ __forceinline__ void arrive(int group) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.turn(group));
-  }
-
-  const Buffers& buffers_;
-  int group_, next_ = 0;
-  std::uint32_t parity_ = 0;
+  int threads_, mine_, next_;
 };
 
-// All of k for one slab, with the first kLive tokens of the tile.
+// All of k for one slab, with the first kLive tokens of the tile. Weights that come next are on
+// their way to registers while the tensor cores still work.
 template <class Shape, int kSwitchPeriod, int kLive, class Buffers>
 class SlabProduct {
   using T = typename Shape::T;
-  using Rows = RowData<kSwitchPeriod>;
   static constexpr int kSums = kLive / 2;
+  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
 
  public:
-  // `group`, `warp`: of the thread block, of the warpgroup.
+  // `first_tile`: this warp's of the thread block's tiles of 16 kept rows.
   __device__ __forceinline__ SlabProduct(SlabAccumulators<Shape>& acc, const Buffers& buffers,
-                                         int group, int warp, Turns<Buffers>& turns)
-      : acc_(acc), buffers_(buffers), group_(group), warp_(warp), turns_(turns) {}
+                                         int first_tile, const Turns& turns)
+      : acc_(acc), buffers_(buffers), first_tile_(first_tile), turns_(turns) {}
 
-  // What goes through registers is read, and rows are switched, at the end of a unit for the next
-  // one, while the other warpgroup multiplies. Not sooner: instructions that run may still read
-  // metadata.
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
     ptx::wait(buffers_.full(turn.slot), turn.parity);
-    load_rows(turn.slot, 0);
-    if constexpr (Rows::kIsSwitched) acc_.rows = rows_.rows[0];  // nothing is summed yet
-    int unit = 0;                                                // of the block
-    for (int left = blocks * Rows::kUnits; left > 0; --left) {
-      multiply(turn.slot, unit);
-      if (++unit == Rows::kUnits) {
-        unit = 0;
-        buffers_.release(turn.slot);
-        turn.advance(Buffers::kSlots);
-        if (left > 1) ptx::wait(buffers_.full(turn.slot), turn.parity);
-      }
-      if (left > 1) {
-        load_rows(turn.slot, unit);
-        if constexpr (Rows::kIsSwitched) acc_.template switch_rows<kLive>(rows_.rows[0]);
+    load_first(turn.slot);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      slot_ = turn.slot;
+      tile_ = tile_of(slot_);
+      turn.advance(Buffers::kSlots);
+      const auto load_next = [&] {
+        if (block + 1 == blocks) return;
+        ptx::wait(buffers_.full(turn.slot), turn.parity);
+        load_first(turn.slot);
+      };
+      if constexpr (kSwitchPeriod == 4) {
+        whole_block(load_next);
+      } else if constexpr (kSwitchPeriod == 2) {
+        half_blocks(load_next);
+      } else if constexpr (kSwitchPeriod == 1) {
+        steps(load_next);
+      } else {
+        two_times(load_next);
       }
     }
   }
 
  private:
-  static constexpr int kOther = 4 * Buffers::kTileStride;  // N = M: to the other 64 kept rows
-
-  __device__ __forceinline__ std::uint32_t slab(int slot) const {
-    return buffers_.weights(slot) + group_ * Buffers::kSlabTiles * Buffers::kTileStride;
+  __device__ __forceinline__ std::uint32_t tile_of(int slot) const {
+    return buffers_.weights(slot) + first_tile_ * kBlockStride;
   }
 
-  __device__ __forceinline__ void load_rows(int slot, int unit) {
-    const std::uint32_t tile = slab(slot) + warp_ * Buffers::kTileStride;
-    rows_.load(tile, unit);
-    if constexpr (!Rows::kIsSwitched) other_.load(tile + kOther, unit);
-  }
-
-  __device__ __forceinline__ void multiply(int slot, int unit) {
-    const std::uint32_t weights = slab(slot) + unit * Rows::kSteps * kStepBytes;
-    const std::uint32_t tokens = buffers_.tokens(slot, unit);
-    if constexpr (Rows::kIsSwitched) {
-      part<0>(weights, tokens);
-      if constexpr (Rows::kParts == 2) {
-        acc_.template switch_rows<kLive>(rows_.rows[1]);
-        part<1>(weights, tokens);
-      }
+  __device__ __forceinline__ void load_first(int slot) {
+    if constexpr (kIsSwitched) {
+      first_.template load<0, true>(tile_of(slot));
     } else {
-      ptx::wgmma_fence();
-      start<0, Rows::kSteps>(acc_.d, weights, tokens, rows_);
-      start<0, Rows::kSteps>(acc_.odd, weights + kOther, tokens, other_);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait_for<kSums>(acc_.d);
-      ptx::wgmma_wait_for<kSums>(acc_.odd);
+      one_.template load<0, false>(tile_of(slot));
     }
   }
 
-  // Between two changes of rows.
-  template <int kPart>
-  __device__ __forceinline__ void part(std::uint32_t weights, std::uint32_t tokens) {
-    turns_.begin();
+  __device__ __forceinline__ void start_half(const Fragments<2>& weights, int half) const {
+    const std::uint32_t panel = buffers_.tokens(slot_, half);
     ptx::wgmma_fence();
-    start<kPart * Rows::kPeriod, (kPart + 1) * Rows::kPeriod>(acc_.d, weights, tokens, rows_);
+    weights.template start<T, kLive, 0>(acc_.d, 0, panel);
+    weights.template start<T, kLive, 1>(acc_.d, 1, panel);
     ptx::wgmma_commit();
+  }
+
+  // V = 128 and its multiples: rows change once a block.
+  template <typename Next>
+  __device__ __forceinline__ void whole_block(Next&& load_next) {
+    second_.template load<2, false>(tile_);
+    acc_.template switch_rows<kLive>(first_.rows);
+    start_half(first_, 0);
+    start_half(second_, 1);
+    ptx::wgmma_wait<1>();
+    load_next();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    buffers_.release(slot_);
+  }
+
+  // V = 64: in turn, as half a block of products hides little else.
+  template <typename Next>
+  __device__ __forceinline__ void half_blocks(Next&& load_next) {
+    acc_.template switch_rows<kLive>(first_.rows);
+    turns_.begin();
+    start_half(first_, 0);
     turns_.end();
+    second_.template load<2, true>(tile_);
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    acc_.template switch_rows<kLive>(second_.rows);
+    turns_.begin();
+    start_half(second_, 1);
+    turns_.end();
+    load_next();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    buffers_.release(slot_);
+  }
+
+  // V = 32. Fragments of one half at a time: two would not fit beside the changes of rows.
+  template <typename Next>
+  __device__ __forceinline__ void steps(Next&& load_next) {
+    step<0>();
+    step<1>();
+    first_.template load<2, false>(tile_);
+    step<2>();
+    step<3>();
+    buffers_.release(slot_);
+    load_next();
+  }
+
+  template <int kStep>
+  __device__ __forceinline__ void step() {
+    acc_.template switch_rows<kLive>(ptx::load_shared_word(tile_ + kRowsOffset + kStep * 4));
+    ptx::wgmma_fence();
+    first_.template start<T, kLive, kStep>(acc_.d, kStep % 2, buffers_.tokens(slot_, kStep / 2));
+    ptx::wgmma_commit();
     ptx::wgmma_wait_for<kSums>(acc_.d);
   }
 
-  // Steps kFirst up to kLast of a unit.
-  template <int kFirst, int kLast, int kSize>
-  __device__ __forceinline__ void start(float (&d)[kSize], std::uint32_t weights,
-                                        std::uint32_t tokens, const Rows& rows) const {
-    ptx::multiply_sparse_async<T, kLive, kFirst % 2>(
-        d,
-        ptx::plain_descriptor<kMatrixBytes, Buffers::kTileStride / 2>(weights, kFirst * kStepBytes),
-        ptx::swizzled_descriptor(tokens + kFirst / 2 * Buffers::kTilePanelBytes,
-                                 kFirst % 2 * kStepCols * 2),
-        rows.meta[kFirst / 2]);
-    if constexpr (kFirst + 1 < kLast) start<kFirst + 1, kLast>(d, weights, tokens, rows);
+  // N = M: two times 64 kept rows, in turn, a step at a time; more fragments would not fit.
+  template <typename Next>
+  __device__ __forceinline__ void two_times(Next&& load_next) {
+    pair<0>();
+    pair<1>();
+    pair<2>();
+    pair<3>();
+    ptx::wgmma_wait_for<kSums>(acc_.d);
+    ptx::wgmma_wait_for<kSums>(acc_.odd);
+    buffers_.release(slot_);
+    load_next();
+  }
+
+  template <int kStep>
+  __device__ __forceinline__ void pair() {
+    const std::uint32_t panel = buffers_.tokens(slot_, kStep / 2);
+    ptx::wgmma_fence();
+    one_.template start<T, kLive, kStep>(acc_.d, 0, panel);
+    ptx::wgmma_commit();
+    if constexpr (kStep > 0) ptx::wgmma_wait<1>();  // other_ is free
+    other_.template load<kStep, false>(tile_ + 4 * kBlockStride);
+    ptx::wgmma_fence();
+    other_.template start<T, kLive, kStep>(acc_.odd, 0, panel);
+    ptx::wgmma_commit();
+    if constexpr (kStep + 1 < kStepsPerBlock) {
+      ptx::wgmma_wait<1>();  // one_ is free
+      one_.template load<kStep + 1, false>(tile_);
+    }
   }
 
   SlabAccumulators<Shape>& acc_;
   const Buffers& buffers_;
-  const int group_, warp_;
-  Turns<Buffers>& turns_;
-  Rows rows_, other_;  // of the unit; N = M: of the other 64 kept rows
+  const int first_tile_;
+  const Turns& turns_;
+  int slot_ = 0;
+  std::uint32_t tile_ = 0;       // this warp's, in the slot
+  Fragments<2> first_, second_;  // (1, 2, V): of half a block
+  Fragments<1> one_, other_;     // N = M: of a step
 };
 
 }  // namespace samoyeds

@@ -19,6 +19,7 @@ struct HopperShape {
   // Of a tile: what the registers hold, two sums each. Fewer would load the weights more often.
   static constexpr int kTokens = 192;
   static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
+  static constexpr int kCluster = 2;    // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load to those that multiply: all have 168 at first.
   static constexpr int kRegisters = 240, kLoaderRegisters = 24;
@@ -27,21 +28,18 @@ struct HopperShape {
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
 // panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
 // completes when the copies are there, `empty` when every warp of the cluster that multiplies is
-// done with it; `turn` when it is a warpgroup's turn. kSwitchPeriod: 0 where N = M, else as
-// switch_period().
+// done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
-  // So that all halves of tiles have one distance, as the matrix instruction wants it.
-  static constexpr int kTileStride = 2 * half_bytes(kSwitchPeriod != 0);
-  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kTileStride;
+  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kBlockStride;
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
   // Of a warpgroup's results: half a panel, and a number for each token.
   static constexpr int kStagedBytes = kTilePanelBytes / 2 + Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr int kAlignment = 1024;  // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes + 16) +
-                                Shape::kGroups * (kStagedBytes + 8);
+                                Shape::kGroups * kStagedBytes;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -57,15 +55,11 @@ struct HopperBuffers {
   }
   __device__ std::uint32_t full(int slot) const { return weights(kSlots) + slot * 8; }
   __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
-  __device__ std::uint32_t turn(int group) const { return full(2 * kSlots + group); }
 
   __device__ void init() const {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full(slot), 1);
-      ptx::init_barrier(empty(slot), ptx::cluster_size() * Shape::kGroups * kGroupWarps);
-    }
-    for (int group = 0; group < Shape::kGroups; ++group) {
-      ptx::init_barrier(turn(group), kGroupWarps);
+      ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
     }
   }
 
@@ -74,7 +68,7 @@ struct HopperBuffers {
   __device__ __forceinline__ void release(int slot) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    if (lane < ptx::cluster_size()) ptx::arrive_at(empty(slot), lane);
+    if (lane < Shape::kCluster) ptx::arrive_at(empty(slot), lane);
   }
 };
 
@@ -99,8 +93,8 @@ class SlabScheduler {
   __device__ SlabScheduler(const SsmmArgs& args, int num_slabs)
       : args_(args), num_slabs_(num_slabs) {}
 
-  __device__ static int first() { return blockIdx.x / ptx::cluster_size(); }
-  __device__ static int step() { return gridDim.x / ptx::cluster_size(); }
+  __device__ static int first() { return blockIdx.x / Shape::kCluster; }
+  __device__ static int step() { return gridDim.x / Shape::kCluster; }
 
   // Without tokens beyond the last item. Reads what it needs each time rather than keep registers.
   __device__ SlabWork at(int item) const {
@@ -117,11 +111,11 @@ class SlabScheduler {
       part /= group_size;
       if (chosen != guess) tile = tile_at(chosen);
     }
-    const int cluster = ptx::cluster_size(), rank = ptx::cluster_rank();
-    const int begin = part * (cluster * Shape::kGroups);
-    const int count = min(cluster * Shape::kGroups, num_slabs_ - begin);
-    const int first = ceil_div(count * rank, cluster);
-    const int slabs = ceil_div(count * (rank + 1), cluster) - first;
+    const int begin = part * (Shape::kCluster * Shape::kGroups);
+    const int count = min(Shape::kCluster * Shape::kGroups, num_slabs_ - begin);
+    const int rank = blockIdx.x % Shape::kCluster;
+    const int first = ceil_div(count * rank, Shape::kCluster);
+    const int slabs = ceil_div(count * (rank + 1), Shape::kCluster) - first;
     return {uniform(tile.expert), uniform(tile.first),
             uniform((begin + first) << 16 | slabs << 8 | tile.count)};
   }

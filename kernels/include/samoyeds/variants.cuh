@@ -37,14 +37,13 @@ constexpr SsmmVariant variant() {
           {kernel<Shape, 0>(), kernel<Shape, 1>(), kernel<Shape, 2>(), kernel<Shape, 4>()}};
 }
 
-// `cluster`: thread blocks; the kernel takes what it is launched with.
 template <class Shape>
-constexpr SsmmVariant hopper_variant(int cluster) {
+constexpr SsmmVariant hopper_variant() {
   SsmmVariant v{};
   v.m_frags = v.warps_n = v.warps_k = v.min_blocks = 1;
   v.n_frags = Shape::kTokens / 8;
   v.warps_m = Shape::kGroups * 4;
-  v.cluster = cluster;
+  v.cluster = Shape::kCluster;
   v.tokens = Shape::kTokens;
   v.threads = Shape::kThreads;
   v.needs_sm90a = v.is_hopper = true;
@@ -72,8 +71,7 @@ const SsmmVariant* variants() {
       variant<SsmmShape<T, 3, 1, 4, 1, 2>>(), variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
       variant<SsmmShape<T, 3, 1, 4, 2, 1>>(), variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
       variant<SsmmShape<T, 3, 4, 4, 2, 1>>(), variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
-      hopper_variant<HopperShape<T>>(2),      hopper_variant<HopperShape<T>>(3),
-      hopper_variant<HopperShape<T>>(4),
+      hopper_variant<HopperShape<T>>(),
   };
   return table;
 }

@@ -8,28 +8,16 @@
 
 namespace samoyeds::ptx {
 
-// Thread blocks of this one's cluster, and its number among them.
-__device__ __forceinline__ int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
-}
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(rank));
-  return rank;
-}
-
-// Global to shared memory, to the same place in all `cluster` thread blocks of this one's, each of
-// whose own barrier is told; else as copy_bulk.
+// Global to shared memory, to the same place in all thread blocks of a cluster, each of whose own
+// barrier is told; else as copy_bulk.
+template <int kCluster>
 __device__ __forceinline__ void copy_bulk_to_cluster(std::uint32_t to, const void* from,
-                                                     int num_bytes, std::uint32_t barrier,
-                                                     int cluster) {
-  const std::uint16_t all = static_cast<std::uint16_t>((1 << cluster) - 1);
+                                                     int num_bytes, std::uint32_t barrier) {
+  constexpr std::uint16_t kAll = (1 << kCluster) - 1;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
       "[%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(num_bytes), "r"(barrier), "h"(all)
+      "l"(from), "r"(num_bytes), "r"(barrier), "h"(kAll)
       : "memory");
 }
 
@@ -123,36 +111,36 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
 #define SAMOYEDS_ALL80 SAMOYEDS_ALL72, SAMOYEDS_OUT8(72)
 #define SAMOYEDS_ALL88 SAMOYEDS_ALL80, SAMOYEDS_OUT8(80)
 #define SAMOYEDS_ALL96 SAMOYEDS_ALL88, SAMOYEDS_OUT8(88)
-// size: accumulators of a thread, half the tokens; rest: the operands after them by number.
-#define SAMOYEDS_WGMMA(tokens, size, dtype, rest) \
+// size: accumulators of a thread, half the tokens; values, rest: the operands after them by number.
+#define SAMOYEDS_WGMMA(tokens, size, dtype, values, rest) \
   if constexpr (kTokens == tokens) { \
     asm volatile("{ .reg .pred accumulate; setp.eq.u32 accumulate, 0, 0; " \
                  "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." dtype "." dtype \
-                 " {" SAMOYEDS_D##size "}, " rest ", accumulate, 1, 1, 0, 0; }" \
+                 " {" SAMOYEDS_D##size "}, {" values "}, " rest ", accumulate, 1, 1, 0; }" \
                  : SAMOYEDS_ALL##size \
-                 : "l"(a), "l"(b), "r"(meta), "n"(kSelector) \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(kSelector) \
                  : "memory"); \
   }
 #define SAMOYEDS_WGMMA_OF(dtype) \
-  SAMOYEDS_WGMMA(16, 8, dtype, "%8, %9, %10, %11") \
-  SAMOYEDS_WGMMA(32, 16, dtype, "%16, %17, %18, %19") \
-  SAMOYEDS_WGMMA(48, 24, dtype, "%24, %25, %26, %27") \
-  SAMOYEDS_WGMMA(64, 32, dtype, "%32, %33, %34, %35") \
-  SAMOYEDS_WGMMA(80, 40, dtype, "%40, %41, %42, %43") \
-  SAMOYEDS_WGMMA(96, 48, dtype, "%48, %49, %50, %51") \
-  SAMOYEDS_WGMMA(112, 56, dtype, "%56, %57, %58, %59") \
-  SAMOYEDS_WGMMA(128, 64, dtype, "%64, %65, %66, %67") \
-  SAMOYEDS_WGMMA(144, 72, dtype, "%72, %73, %74, %75") \
-  SAMOYEDS_WGMMA(160, 80, dtype, "%80, %81, %82, %83") \
-  SAMOYEDS_WGMMA(176, 88, dtype, "%88, %89, %90, %91") \
-  SAMOYEDS_WGMMA(192, 96, dtype, "%96, %97, %98, %99")
+  SAMOYEDS_WGMMA(16, 8, dtype, "%8, %9, %10, %11", "%12, %13, %14") \
+  SAMOYEDS_WGMMA(32, 16, dtype, "%16, %17, %18, %19", "%20, %21, %22") \
+  SAMOYEDS_WGMMA(48, 24, dtype, "%24, %25, %26, %27", "%28, %29, %30") \
+  SAMOYEDS_WGMMA(64, 32, dtype, "%32, %33, %34, %35", "%36, %37, %38") \
+  SAMOYEDS_WGMMA(80, 40, dtype, "%40, %41, %42, %43", "%44, %45, %46") \
+  SAMOYEDS_WGMMA(96, 48, dtype, "%48, %49, %50, %51", "%52, %53, %54") \
+  SAMOYEDS_WGMMA(112, 56, dtype, "%56, %57, %58, %59", "%60, %61, %62") \
+  SAMOYEDS_WGMMA(128, 64, dtype, "%64, %65, %66, %67", "%68, %69, %70") \
+  SAMOYEDS_WGMMA(144, 72, dtype, "%72, %73, %74, %75", "%76, %77, %78") \
+  SAMOYEDS_WGMMA(160, 80, dtype, "%80, %81, %82, %83", "%84, %85, %86") \
+  SAMOYEDS_WGMMA(176, 88, dtype, "%88, %89, %90, %91", "%92, %93, %94") \
+  SAMOYEDS_WGMMA(192, 96, dtype, "%96, %97, %98, %99", "%100, %101, %102")
 // clang-format on
 
-// d += A * B without waiting: A is 64x32 with 2 of every 4 kept, B is 32 x kTokens, both in shared
-// memory. meta: of a warp's 16 rows, as for mma.sp; d[4j + i]: as an m16n8 fragment of tokens 8j
-// on. Neither d nor what the descriptors name may be touched before its group is waited for.
+// d += A * B without waiting: A is 64x32 with 2 of every 4 kept, a warp's 16 rows in registers as
+// for mma.sp; B is 32 x kTokens in shared memory. d[4j + i]: as an m16n8 fragment of tokens 8j on.
+// Neither d nor a may be touched before its group is waited for.
 template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], std::uint64_t a,
+__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const uint4& a,
                                                       std::uint64_t b, std::uint32_t meta) {
   static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
   static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
@@ -171,34 +159,17 @@ __device__ __forceinline__ void wgmma_wait() {}
 template <int kCount, int kSize>
 __device__ __forceinline__ void wgmma_wait_for(float (&)[kSize]) {}
 template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], std::uint64_t,
-                                                      std::uint64_t, std::uint32_t) {}
+__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], const uint4&, std::uint64_t,
+                                                      std::uint32_t) {}
 #endif
-
-// The place of an operand in shared memory, in units of 16 bytes: 14 bits. NOTE: in a cluster, bits
-// beyond them hold the number of the thread block.
-__device__ __forceinline__ std::uint32_t descriptor_start(std::uint32_t address,
-                                                          std::uint32_t offset) {
-  return address / 16 % (1u << 14) + offset / 16;
-}
 
 // Operand B at an address in shared memory that is a multiple of 1024, and `offset` bytes beyond:
 // rows of 128 bytes, 128-byte swizzle, 8 rows a repeat (PTX ISA, "Matrix descriptor format").
-__device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t address,
-                                                             std::uint32_t offset) {
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address,
+                                                           std::uint32_t offset) {
   constexpr std::uint32_t kRepeatBytes = 1024, kSwizzle128 = 1u << 30;
-  return static_cast<std::uint64_t>(kSwizzle128 | kRepeatBytes / 16) << 32 |
-         (descriptor_start(address, offset) | 1u << 16);
-}
-
-// Operand A at an address in shared memory, and `offset` bytes beyond: matrices of 8 rows x 16
-// bytes, the next columns' kNextCols bytes on and the next rows' kNextRows, not swizzled.
-template <int kNextCols, int kNextRows>
-__device__ __forceinline__ std::uint64_t plain_descriptor(std::uint32_t address,
-                                                          std::uint32_t offset) {
-  static_assert(kNextCols % 16 == 0 && kNextRows % 16 == 0, "distances count 16 bytes");
-  return static_cast<std::uint64_t>(kNextRows / 16) << 32 |
-         (descriptor_start(address, offset) | kNextCols / 16 << 16);
+  const std::uint32_t low = (address / 16 | 1u << 16) + offset / 16;
+  return static_cast<std::uint64_t>(kSwizzle128 | kRepeatBytes / 16) << 32 | low;
 }
 
 }  // namespace samoyeds::ptx
