@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 _MAX_NORM = 1.0  # of a step's gradient
 _TRIAL = 0.25  # share of its steps after which a learning rate is checked
-_TOLERATED = 1.25  # times the KL that there was before: at its peak a rate costs what it gives back
 _LOWER = 0.25  # factor of a learning rate that did harm
 _MOST = 4  # times that it is lowered
 
@@ -75,9 +74,9 @@ def distill(
     """Train a pruned model in place towards its dense original.
 
     Both run in eval mode, without dropout. Epochs over the sequences are in fresh random order.
-    Where the first of them raise the KL on the sequences held back by a quarter or more, the
-    learning rate is too high: the pruned weights come back, and the steps that are left have a lower
-    one, with a schedule of their own; so a few times, unless the settings say otherwise.
+    Where the first of them take the student no nearer to the teacher on the sequences held back,
+    the learning rate is too high: the pruned weights come back, and the steps that are left have a
+    lower one, with a schedule of their own; so a few times, unless the settings say otherwise.
     Afterwards the student holds the masters, rounded to its dtype, or what it held before where
     that is nearer to the teacher on the sequences held back; outside the masks it is 0.
 
@@ -191,7 +190,7 @@ class _Run:
                     log(row)
                 bar.set_postfix_str(f"KL {row['loss']:.4f}", refresh=False)
                 bar.update()
-                if self._is_trial_over() and self._does_harm():
+                if self._is_trial_over() and not is_better(self.before, self._measure()):
                     self._start_again(untrained)
                 is_due = time.monotonic() - saved >= 60 * save_minutes
                 if state is not None and (is_due or len(self.losses) == steps):
@@ -207,13 +206,6 @@ class _Run:
         end = start + max(1, int(_TRIAL * (steps - start)))
         is_last = end == steps or len(self.starts) > _MOST  # nothing could be done about it
         return self.settings.backtrack and len(self.losses) == end and not is_last
-
-    def _does_harm(self) -> bool:
-        """Whether the student is much further from the teacher than it was, or who knows where."""
-        now = self._measure()
-        if self.before is None or now is None:
-            return False
-        return not now < _TOLERATED * self.before
 
     def _start_again(self, untrained: Mapping[str, torch.Tensor]) -> None:
         """Go on from the pruned weights with a lower learning rate."""
