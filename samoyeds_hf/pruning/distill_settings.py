@@ -1,4 +1,17 @@
-"""What is said to a distillation, and what it says: settings and result."""
+"""What is said to a distillation, and what it says: settings and result.
+
+Some sequences only measure: where the student is no nearer to the teacher on them than it was, it
+keeps its pruned weights. A learning rate that suits 75 % is too high where little was lost, and who
+distills cannot know it before; so it is checked after a quarter of its steps, and a quarter of it
+does the rest, from the pruned weights on, where it did harm. On tests/assets/tiny-moe (``best`` on
+64 x 512 tokens) 80 steps of 8 x 512 tokens at 1e-3 took a KL of 0.680 (1:2:64) to 0.413, but one of
+0.0768 (2:4) to 0.1180. Lowered twice, to 6.25e-5 for the last 45 steps, it ends at 0.0671; a better
+rate for all 80 would have reached more: 1e-4 0.0620, 2.5e-4 0.0626.
+
+Defaults are those that did best on tests/assets/tiny-moe (1:2:64, sparsegpt + refine on 64 x 256
+tokens, then 100 steps of 4 x 256 fresh tokens, one seed). Held-out perplexity, dense 10.33: pruned
+31.5, distilled 16.2; after ``recover="block"`` 17.0, distilled 14.8, with hidden states 14.6.
+"""
 
 from __future__ import annotations
 
