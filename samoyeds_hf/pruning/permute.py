@@ -5,6 +5,10 @@ order of its neurons. In gate and up a pattern drops M - N of M neighbouring row
 which costs least where rows that need the same chunks are no neighbours. In down it keeps 2 of 4
 neighbouring columns, and Sub-Rows of V of them, which costs least where columns that matter to the
 same rows lie together.
+
+Measured on tests/assets/tiny-moe, ``best`` on 64 x 512 tokens, two seeds, bits per byte of held-out
+text without and with: 1:2:32 0.978 and 0.970, 1.001 and 0.982; 1:2:128 1.017 and 1.002, 1.027 and
+1.045.
 """
 
 from __future__ import annotations
