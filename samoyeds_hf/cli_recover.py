@@ -45,7 +45,7 @@ def recover(
     ] = None,
     hidden_weight: Annotated[
         float | None,
-        typer.Option(help="Of the error of the hidden states beside the KL.  [default: 1.0]"),
+        typer.Option(help="Of the error of the hidden states beside the KL.  [default: 10.0]"),
     ] = None,
     held_back: Annotated[
         float | None,

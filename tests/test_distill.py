@@ -300,7 +300,8 @@ def test_families(name: str, dtype: torch.dtype) -> None:
     before, original = copy.deepcopy(student), copy.deepcopy(teacher)
     student.train()
     flags = {n: p.requires_grad for n, p in student.named_parameters()}
-    settings = DistillSettings(steps=12, batch_size=10, learning_rate=1e-3)
+    # hidden states of a model that was never trained say little about its logits
+    settings = DistillSettings(steps=12, batch_size=10, learning_rate=1e-3, hidden_weight=1)
     report = distill(student, teacher, TEXT, masks, settings)
     assert report.last < 0.8 * report.first
     assert_held(student, masks)

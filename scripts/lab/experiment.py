@@ -195,7 +195,8 @@ class Laboratory:
         return student, {
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),
-            "distill": f"{steps} x {batch}, lr {report.rates}, {recipe.train}"
+            "distill": f"{steps} x {batch}, lr {report.rates}, {recipe.train}, "
+            f"hidden states x {recipe.hidden_weight:g}"
             + ("" if report.kept else ", no better and not kept"),
         }
 
