@@ -17,8 +17,9 @@ import torch
 from samoyeds_hf import SparsityPattern
 from samoyeds_hf.format import SparseWeight, stored_shapes
 
-NAME = "m16k128.v2"
+NAME = "m16k128.v3"
 TILE_ROWS = 16  # kept rows of a tile
+BUNDLE_TILES = 8  # whose blocks lie together
 BLOCK_COLS = 128  # dense columns of a block
 DENSE24, SWITCHED, STEPPED, GENERAL = "dense24", "switched", "stepped", "general"
 SLOTS = 3  # of a block of (3, 4, V), each in a tile of its own
@@ -80,6 +81,13 @@ class Layout:
     @property
     def block_bytes(self) -> int:
         return 2304 + (16 if self.has_switches else 0)
+
+    def block_start(self, tile: int, block: int) -> int:
+        """Byte of a block of a tile: bundle by bundle, in it block by block, in that tile by tile."""
+        first = tile - tile % BUNDLE_TILES
+        bundle = list(range(first, min(first + BUNDLE_TILES, self.tiles)))
+        before = first * self.blocks + block * len(bundle) + bundle.index(tile)
+        return before * self.block_bytes
 
     @property
     def sub_rows(self) -> int:
@@ -159,7 +167,7 @@ def places(layout: Layout) -> Places:
         for row in range(TILE_ROWS):
             kept = layout.kept_row(tile, row)
             for block in range(layout.blocks):
-                start = (tile * layout.blocks + block) * layout.block_bytes
+                start = layout.block_start(tile, block)
                 for inside in range(64):
                     column = block * 64 + inside
                     if kept is not None and column < layout.cols // 2:

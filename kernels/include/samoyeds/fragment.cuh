@@ -1,4 +1,4 @@
-// The fragment order "m16k128.v2": how a packed weight lies in memory.
+// The fragment order "m16k128.v3": how a packed weight lies in memory.
 //
 // A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it:
 //
@@ -7,7 +7,11 @@
 //           rows      16 B   only where rows switch: a word a step; bit r = row r of the tile takes
 //                            the later one of its two dense rows
 //
-//   packed [E][tile][block], then, for general patterns, index bytes [tile][Sub-Row][16]
+//   packed [E][bundle][block][tile of the bundle], then, for general patterns, index bytes
+//   [tile][Sub-Row][16]
+//
+// A bundle is eight tiles, the last one of what is left: what a thread block multiplies at a time
+// is one contiguous copy, as each copy costs time of its own.
 //
 // mma.sp.m16n8k32 (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"): with lane = 4g + t,
 // register 0 holds row g, compressed columns 2t, 2t+1; register 1 row g+8; registers 2, 3 columns 8
@@ -21,9 +25,10 @@
 
 namespace samoyeds {
 
-inline constexpr const char* kLayoutName = "m16k128.v2";
+inline constexpr const char* kLayoutName = "m16k128.v3";
 
 inline constexpr int kTileRows = 16;    // kept rows of a tile
+inline constexpr int kBundleTiles = 8;
 inline constexpr int kBlockCols = 128;  // dense columns of a block
 inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction
 inline constexpr int kStepsPerBlock = kBlockCols / kStepCols;
@@ -126,8 +131,20 @@ SAMOYEDS_HOST_DEVICE constexpr int switched_index(const Layout& l, int kept, int
   return kept % l.pattern.n + bit;
 }
 
+SAMOYEDS_HOST_DEVICE constexpr int bundle_tiles(const Layout& l, int tile) {
+  const int left = l.tiles - tile / kBundleTiles * kBundleTiles;
+  return left < kBundleTiles ? left : kBundleTiles;
+}
+
+// Bytes from a block of a tile to its next one.
+SAMOYEDS_HOST_DEVICE constexpr int block_stride(const Layout& l, int tile) {
+  return bundle_tiles(l, tile) * l.block_bytes;
+}
+
 SAMOYEDS_HOST_DEVICE constexpr std::int64_t block_offset(const Layout& l, int tile, int block) {
-  return (static_cast<std::int64_t>(tile) * l.blocks + block) * l.block_bytes;
+  const int in_bundle = tile % kBundleTiles;
+  return (static_cast<std::int64_t>(tile - in_bundle) * l.blocks + in_bundle) * l.block_bytes +
+         static_cast<std::int64_t>(block) * block_stride(l, tile);
 }
 
 // Byte in a block of the value at tile row `row`, compressed column `column` (0..63).

@@ -1,7 +1,7 @@
 // The matrix kernel of Hopper for many tokens: the same product as ssmm.cuh, on wgmma.sp.
 //
-// A thread block has two warpgroups that multiply and one that loads, and stays until all items are
-// done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
+// A thread block has two warpgroups that multiply and one that loads and stores, and stays until all
+// items are done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
 // a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
 // sums each, or two times 64 kept rows where N = M. Each block of a cluster loads half of the
 // tokens for both.
@@ -33,6 +33,14 @@ __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
   }
 }
 
+// Calls run(SlabPasses) with those of an output.
+template <class Shape, typename Run>
+__device__ __forceinline__ void for_output(Output output, Run&& run) {
+  if (output == Output::kGated) return run(SlabPasses<Shape, true, true>{});
+  if (output == Output::kPanels) return run(SlabPasses<Shape, false, true>{});
+  run(SlabPasses<Shape, false, false>{});
+}
+
 template <class Shape, int kSwitchPeriod, class Buffers>
 __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                                const Buffers& buffers) {
@@ -61,18 +69,27 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
           .run(turn, blocks);
     });
     if constexpr (kSwitchPeriod != 0) acc.separate_rows();
-    const int slab = work.first_slab() + group;
-    const std::uint32_t staged = buffers.staged(group);
-    if (args.output == Output::kGated) {
-      SlabStore<Shape, kSwitchPeriod, true, true>(args, work, slab, staged).run(acc);
-    } else if (args.output == Output::kPanels) {
-      SlabStore<Shape, kSwitchPeriod, false, true>(args, work, slab, staged).run(acc);
-    } else {
-      SlabStore<Shape, kSwitchPeriod, false, false>(args, work, slab, staged).run(acc);
-    }
+    const int last_slot = (turn.slot == 0 ? Buffers::kSlots : turn.slot) - 1;
+    for_output<Shape>(args.output, [&](auto passes) {
+      SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group)
+          .run(acc, work, last_slot);
+    });
   }
   if constexpr (kTakesTurns) Turns::finish(group);
-  if (threadIdx.x % kGroupThreads == 0) ptx::wait_for_stores();
+  Buffers::wait_until_free(group);  // who arrives at a barrier is waited for
+}
+
+// By the four warps that do not multiply.
+template <class Shape, int kSwitchPeriod, class Buffers>
+__device__ void help(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
+                     const Buffers& buffers) {
+  static_assert(Shape::kGroups == 2, "two warps load, two store");
+  const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
+  if (warp == 0) return load_tokens(args, scheduler, buffers);
+  if (warp == 1) return load_weights(args, scheduler, buffers);
+  for_output<Shape>(args.output, [&](auto passes) {
+    SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, warp - 2).run(scheduler);
+  });
 }
 
 template <class Shape, int kSwitchPeriod>
@@ -93,10 +110,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     ptx::sync_cluster();
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_start();
-    const SlabScheduler<Shape> scheduler(args, args.layout.tiles / Buffers::kSlabTiles);
+    const SlabScheduler<Shape> scheduler(args);
     if (threadIdx.x >= Shape::kGroups * kGroupThreads) {
-      ptx::give_registers<Shape::kLoaderRegisters>();
-      load_slabs(args, scheduler, buffers);
+      ptx::give_registers<Shape::kHelperRegisters>();
+      help<Shape, kSwitchPeriod>(args, scheduler, buffers);
     } else {
       ptx::take_registers<Shape::kRegisters>();
       multiply_slabs<Shape, kSwitchPeriod>(args, scheduler, buffers);

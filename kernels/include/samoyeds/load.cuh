@@ -93,9 +93,12 @@ class Loader {
     block_end_ = work.block_end;
     num_tiles_ = min(Shape::kTilesM, layout.tiles - work.first_tile_m);
     num_tokens_ = work.tile.count;
-    weights_ = args_.packed + work.tile.expert * layout.expert_bytes +
-               block_offset(layout, work.first_tile_m + (ptx::kHasBulkCopies ? tile() : 0),
-                            block_begin_ + (ptx::kHasBulkCopies ? part() : 0));
+    weights_ = args_.packed + work.tile.expert * layout.expert_bytes;
+    first_tile_ = work.first_tile_m;
+    if constexpr (ptx::kHasBulkCopies) {
+      weights_ += block_offset(layout, first_tile_ + tile(), block_begin_ + part());
+      stride_ = block_stride(layout, first_tile_ + tile());
+    }
     ptx::sync_some(kBarrier, Shape::kLoaders);  // the rows of the item before are no longer needed
     for (int r = thread_; r < kTokens; r += Shape::kLoaders) {
       // Places without a token are not copied: what lies in their buffers meets only columns of the
@@ -114,7 +117,6 @@ class Loader {
   __device__ void load_weights(int step, int slot) const {
     const int parts = min(kParts, block_end_ - block_begin_ - step * kParts);
     const int block_bytes = args_.layout.block_bytes;
-    const std::uint8_t* weights = weights_ + step * kParts * block_bytes;
     const std::uint32_t to = stages_.weights(slot);
     if constexpr (ptx::kHasBulkCopies) {
       // A thread copies one block.
@@ -123,15 +125,16 @@ class Loader {
       }
       __syncwarp();
       if (thread_ < Shape::kTilesPerStage && part() < parts && tile() < num_tiles_) {
-        ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride, weights, block_bytes,
+        ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride,
+                                                weights_ + step * kParts * stride_, block_bytes,
                                                 stages_.full(slot));
       }
     } else {
-      const std::int64_t tile_bytes = static_cast<std::int64_t>(args_.layout.blocks) * block_bytes;
       for (int i = 0; i < Shape::kTilesPerStage; ++i) {
         const int part = i / Shape::kTilesM, tile = i % Shape::kTilesM;
         if (part >= parts || tile >= num_tiles_) continue;
-        const std::uint8_t* from = weights + tile * tile_bytes + part * block_bytes;
+        const std::uint8_t* from = weights_ + block_offset(args_.layout, first_tile_ + tile,
+                                                           block_begin_ + step * kParts + part);
         for (int byte = thread_ * kChunkBytes; byte < block_bytes;
              byte += Shape::kLoaders * kChunkBytes) {
           ptx::copy_async(to + i * kBlockStride + byte, from + byte);
@@ -178,8 +181,9 @@ class Loader {
   int thread_, chunk_;
   int block_begin_ = 0, block_end_ = 0;
   int num_tiles_ = 0, num_tokens_ = 0;
-  // Of the item's first tile and block; for bulk copies, of the thread's own.
-  const std::uint8_t* weights_ = nullptr;
+  int first_tile_ = 0;
+  const std::uint8_t* weights_ = nullptr;  // of the expert; for bulk copies, the thread's own block
+  int stride_ = 0;                         // for bulk copies: to the tile's next block
 };
 
 }  // namespace samoyeds

@@ -78,9 +78,8 @@ class Turns {
   // is_shared: both warpgroups multiply. One alone has barriers of its own, so that no branch comes
   // between matrix instructions.
   __device__ Turns(int group, bool is_shared)
-      : threads_(is_shared ? 2 * kGroupThreads : kGroupThreads),
-        mine_(is_shared ? kBarrier + group : kBarrier + 2 + group),
-        next_(is_shared ? kBarrier + 1 - group : kBarrier + 4 + group) {}
+      : packed_(is_shared ? 2 << 16 | (kBarrier + 1 - group) << 8 | (kBarrier + group)
+                          : 1 << 16 | (kBarrier + 4 + group) << 8 | (kBarrier + 2 + group)) {}
 
   // Once, before any turn: the first is group 0's.
   __device__ static void start(int group) {
@@ -90,11 +89,13 @@ class Turns {
   __device__ static void finish(int group) {
     if (group == 0) ptx::sync_some(kBarrier, 2 * kGroupThreads);
   }
-  __device__ __forceinline__ void begin() const { ptx::sync_some(mine_, threads_); }
-  __device__ __forceinline__ void end() const { ptx::arrive_some(next_, threads_); }
+  __device__ __forceinline__ void begin() const { ptx::sync_some(packed_ & 255, threads()); }
+  __device__ __forceinline__ void end() const { ptx::arrive_some(packed_ >> 8 & 255, threads()); }
 
  private:
-  int threads_, mine_, next_;
+  __device__ int threads() const { return (packed_ >> 16) * kGroupThreads; }
+
+  int packed_;  // warpgroups << 16 | the next one's barrier << 8 | this one's; registers are few
 };
 
 // All of k for one slab, with the first kLive tokens of the tile. Weights that come next are on
@@ -115,12 +116,12 @@ class SlabProduct {
     ptx::wait(buffers_.full(turn.slot), turn.parity);
     load_first(turn.slot);
 #pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
+    for (left_ = blocks - 1; left_ >= 0; --left_) {
       slot_ = turn.slot;
       tile_ = tile_of(slot_);
       turn.advance(Buffers::kSlots);
       const auto load_next = [&] {
-        if (block + 1 == blocks) return;
+        if (left_ == 0) return;
         ptx::wait(buffers_.full(turn.slot), turn.parity);
         load_first(turn.slot);
       };
@@ -137,8 +138,13 @@ class SlabProduct {
   }
 
  private:
+  // The item's last slot is lent to its results.
+  __device__ __forceinline__ void release() const {
+    if (!Buffers::kLends || left_ > 0) buffers_.release(slot_);
+  }
+
   __device__ __forceinline__ std::uint32_t tile_of(int slot) const {
-    return buffers_.weights(slot) + first_tile_ * kBlockStride;
+    return buffers_.weights(slot) + first_tile_ * Buffers::kTileBytes;
   }
 
   __device__ __forceinline__ void load_first(int slot) {
@@ -167,7 +173,7 @@ class SlabProduct {
     ptx::wgmma_wait<1>();
     load_next();
     ptx::wgmma_wait_for<kSums>(acc_.d);
-    buffers_.release(slot_);
+    release();
   }
 
   // V = 64: in turn, as half a block of products hides little else.
@@ -185,7 +191,7 @@ class SlabProduct {
     turns_.end();
     load_next();
     ptx::wgmma_wait_for<kSums>(acc_.d);
-    buffers_.release(slot_);
+    release();
   }
 
   // V = 32. Fragments of one half at a time: two would not fit beside the changes of rows.
@@ -196,7 +202,7 @@ class SlabProduct {
     first_.template load<2, false>(tile_);
     step<2>();
     step<3>();
-    buffers_.release(slot_);
+    release();
     load_next();
   }
 
@@ -218,7 +224,7 @@ class SlabProduct {
     pair<3>();
     ptx::wgmma_wait_for<kSums>(acc_.d);
     ptx::wgmma_wait_for<kSums>(acc_.odd);
-    buffers_.release(slot_);
+    release();
     load_next();
   }
 
@@ -229,7 +235,7 @@ class SlabProduct {
     one_.template start<T, kLive, kStep>(acc_.d, 0, panel);
     ptx::wgmma_commit();
     if constexpr (kStep > 0) ptx::wgmma_wait<1>();  // other_ is free
-    other_.template load<kStep, false>(tile_ + 4 * kBlockStride);
+    other_.template load<kStep, false>(tile_ + 4 * Buffers::kTileBytes);
     ptx::wgmma_fence();
     other_.template start<T, kLive, kStep>(acc_.odd, 0, panel);
     ptx::wgmma_commit();
@@ -244,6 +250,7 @@ class SlabProduct {
   const int first_tile_;
   const Turns& turns_;
   int slot_ = 0;
+  int left_ = 0;                 // blocks after the present one
   std::uint32_t tile_ = 0;       // this warp's, in the slot
   Fragments<2> first_, second_;  // (1, 2, V): of half a block
   Fragments<1> one_, other_;     // N = M: of a step

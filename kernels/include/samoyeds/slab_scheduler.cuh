@@ -15,31 +15,42 @@ inline constexpr int kSlabRows = 128;  // dense
 template <typename T_>
 struct HopperShape {
   using T = T_;
-  static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads
+  static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads and stores
   // Of a tile: what the registers hold, two sums each. Fewer would load the weights more often.
   static constexpr int kTokens = 192;
   static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
   static constexpr int kCluster = 2;    // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  // Moved from the warps that load to those that multiply: all have 168 at first.
-  static constexpr int kRegisters = 240, kLoaderRegisters = 24;
+  // Moved from the warps that load and store to those that multiply: all have 168 at first.
+  static constexpr int kRegisters = 240, kHelperRegisters = 32;
 };
 
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
 // panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
 // completes when the copies are there, `empty` when every warp of the cluster that multiplies is
 // done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
+//
+// Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
+// them: `staged` completes when its warps have written one. A warpgroup's own buffer holds one, and
+// is free again when the warp that stores has read it. With three slots the item's last one is lent
+// for the second and third pass: each warpgroup has one of its panels, once both are done with it,
+// and who stores gives the slot back.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
-  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kBlockStride;
+  static constexpr int kTileBytes = kRowsOffset + (kSwitchPeriod == 0 ? 0 : kRowsBytes);
+  static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kTileBytes;
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
-  // Of a warpgroup's results: half a panel, and a number for each token.
-  static constexpr int kStagedBytes = kTilePanelBytes / 2 + Shape::kTokens * 4;
+  static constexpr int kPassBytes = kTilePanelBytes / 2;
+  static constexpr int kMaxPasses = 4;
+  // Of a warpgroup: a pass of its results, and a number for each token.
+  static constexpr int kStagedBytes = kPassBytes + Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
+  static constexpr bool kLends = kSlots > 2;
+  static constexpr int kBarriers = 2 * kSlots + Shape::kGroups * kMaxPasses;
   static constexpr int kAlignment = 1024;  // of swizzled rows
-  static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes + 16) +
-                                Shape::kGroups * kStagedBytes;
+  static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes) +
+                                Shape::kGroups * kStagedBytes + kBarriers * 8;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -47,19 +58,30 @@ struct HopperBuffers {
   __device__ std::uint32_t tokens(int slot, int panel) const {
     return base + (slot * 2 + panel) * kTilePanelBytes;
   }
-  __device__ std::uint32_t staged(int group) const {
-    return tokens(kSlots, 0) + group * kStagedBytes;
+  __device__ static constexpr bool is_lent(int pass) { return kLends && (pass == 1 || pass == 2); }
+  // Where a warpgroup puts a pass of an item whose last slot is `slot`.
+  __device__ std::uint32_t results(int group, int pass, int slot) const {
+    return is_lent(pass) ? tokens(slot, group) + (pass - 1) * kPassBytes : own(group);
   }
+  __device__ std::uint32_t numbers(int group) const { return own(group) + kPassBytes; }
   __device__ std::uint32_t weights(int slot) const {
-    return staged(Shape::kGroups) + slot * kWeightBytes;
+    return own(Shape::kGroups) + slot * kWeightBytes;
   }
   __device__ std::uint32_t full(int slot) const { return weights(kSlots) + slot * 8; }
   __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
+  __device__ std::uint32_t staged(int group, int pass) const {
+    return full(2 * kSlots + group * kMaxPasses + pass);
+  }
 
   __device__ void init() const {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full(slot), 1);
       ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
+    }
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      for (int pass = 0; pass < kMaxPasses; ++pass) {
+        ptx::init_barrier(staged(group, pass), kGroupWarps);
+      }
     }
   }
 
@@ -69,6 +91,33 @@ struct HopperBuffers {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
     if (lane < Shape::kCluster) ptx::arrive_at(empty(slot), lane);
+  }
+  // By the warp that stores, for a warpgroup: a slot that was lent.
+  __device__ __forceinline__ void give_back(int slot) const {
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpThreads;
+    if (lane < Shape::kCluster * kGroupWarps) ptx::arrive_at(empty(slot), lane % Shape::kCluster);
+  }
+  // By the warp that stores, and at first: a warpgroup's own buffer may be written. This and the
+  // next are named barriers, whose parity would take a register from those that multiply.
+  __device__ __forceinline__ static void set_free(int group) {
+    __syncwarp();
+    ptx::arrive_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+  }
+  __device__ __forceinline__ static void wait_until_free(int group) {
+    ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+  }
+  // By all `groups` that have read the item's last slot: it may be written.
+  __device__ __forceinline__ static void wait_for_others(int groups) {
+    // Not the same one, as the next item's may be under way already.
+    ptx::sync_some(groups > 1 ? kReadBarrier : kReadBarrier + 1, groups * kGroupThreads);
+  }
+
+ private:
+  static constexpr int kReadBarrier = 1, kFreeBarrier = 9;  // Turns has those between
+
+  __device__ std::uint32_t own(int group) const {
+    return tokens(kSlots, 0) + group * kStagedBytes;
   }
 };
 
@@ -90,8 +139,7 @@ struct SlabWork {
 template <class Shape>
 class SlabScheduler {
  public:
-  __device__ SlabScheduler(const SsmmArgs& args, int num_slabs)
-      : args_(args), num_slabs_(num_slabs) {}
+  __device__ explicit SlabScheduler(const SsmmArgs& args) : args_(args) {}
 
   __device__ static int first() { return blockIdx.x / Shape::kCluster; }
   __device__ static int step() { return gridDim.x / Shape::kCluster; }
@@ -112,7 +160,8 @@ class SlabScheduler {
       if (chosen != guess) tile = tile_at(chosen);
     }
     const int begin = part * (Shape::kCluster * Shape::kGroups);
-    const int count = min(Shape::kCluster * Shape::kGroups, num_slabs_ - begin);
+    const int count = min(Shape::kCluster * Shape::kGroups, args_.layout.rows / kSlabRows - begin);
+    // A block with two slabs begins with an even one.
     const int rank = blockIdx.x % Shape::kCluster;
     const int first = ceil_div(count * rank, Shape::kCluster);
     const int slabs = ceil_div(count * (rank + 1), Shape::kCluster) - first;
@@ -135,7 +184,6 @@ class SlabScheduler {
   }
 
   const SsmmArgs& args_;
-  int num_slabs_;
 };
 
 }  // namespace samoyeds

@@ -1,4 +1,5 @@
-// The Hopper kernel, registers to global memory: the gate, panels or rows.
+// The Hopper kernel, registers to global memory: the gate, panels or rows. The warps that multiply
+// write to shared memory and go on; a warp for each warpgroup takes it from there.
 #pragma once
 
 #include "samoyeds/epilogue.cuh"
@@ -17,48 +18,53 @@ __device__ __forceinline__ float gate(float x) {
   return fmaf(half, ptx::tanh(half), half);
 }
 
-// The results of a warpgroup, half a tile or less at a time through its staging buffer. kIsPanels:
-// panels.cuh, by bulk stores, so that the next item starts while they are on their way; else rows
-// [pairs, m].
-template <class Shape, int kSwitchPeriod, bool kIsGated, bool kIsPanels>
-class SlabStore {
-  using T = typename Shape::T;
-  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
+// The passes in which a warpgroup's results go out. kIsPanels: panels.cuh; else rows [pairs, m].
+template <class Shape, bool kIsGated_, bool kIsPanels_>
+struct SlabPasses {
+  static constexpr bool kIsGated = kIsGated_, kIsPanels = kIsPanels_;
   static constexpr int kPanels = kIsGated ? 1 : 2;            // of a slab
-  static constexpr int kRows = Shape::kTokens / 2 / kPanels;  // tokens that are staged at once
-  static constexpr int kPasses = 2 * kPanels;
-  static constexpr int kFrags = kRows / 8;
-  static constexpr int kNumbersOffset = Shape::kTokens / 2 * kPanelBytes;  // of the rows' numbers
+  static constexpr int kRows = Shape::kTokens / 2 / kPanels;  // tokens of a pass
+  static constexpr int kCount = 2 * kPanels;
+
+  // In shared memory.
+  __device__ static std::uint32_t at(std::uint32_t results, int panel, int row, int column) {
+    return results + (panel * kRows + row) * kPanelBytes +
+           swizzled_chunk(row, column / kChunkCols) + column % kChunkCols * 2;
+  }
+};
+
+// By a warpgroup: its results to shared memory.
+template <class Shape, int kSwitchPeriod, class Passes>
+class SlabStage {
+  using T = typename Shape::T;
+  using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
+  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
+  static constexpr bool kIsGated = Passes::kIsGated, kIsPanels = Passes::kIsPanels;
+  static constexpr int kFrags = Passes::kRows / 8;
 
  public:
-  // `staged`: the warpgroup's buffer, and behind it a number for each token.
-  __device__ SlabStore(const SsmmArgs& args, const SlabWork& work, int slab, std::uint32_t staged)
+  __device__ SlabStage(const SsmmArgs& args, const Buffers& buffers, int group)
       : args_(args),
-        work_(work),
-        slab_(slab),
-        staged_(staged),
+        buffers_(buffers),
+        group_(group),
         warp_(threadIdx.x / kWarpThreads % kGroupWarps),
         g_(threadIdx.x % kWarpThreads / 4) {}
 
-  __device__ void run(const SlabAccumulators<Shape>& acc) const {
-    const int barrier = 1 + threadIdx.x / kGroupThreads;
-    const bool is_leader = threadIdx.x % kGroupThreads == 0;
+  // slot: the item's last.
+  __device__ void run(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int count = min(kRows, work_.count() - pass * kRows);
-      if (count <= 0) return;
-      // What left the buffer before has been read.
-      if (is_leader) ptx::wait_for_stores();
-      ptx::sync_some(barrier, kGroupThreads);
-      if (!kIsPanels && pass == 0) look_up_rows();
-      stage(acc, pass);
-      if constexpr (kIsPanels) ptx::make_visible_to_copies();
-      ptx::sync_some(barrier, kGroupThreads);
-      if constexpr (!kIsPanels) {
-        store_rows(pass * kRows, count);
-      } else if (is_leader) {
-        store_panels(work_.first + pass * kRows, ceil_div(count, kPlaceAlign) * kPlaceAlign);
+    for (int pass = 0; pass < Passes::kCount; ++pass) {
+      if (pass * Passes::kRows >= work.count()) return;
+      if (!Buffers::is_lent(pass)) {
+        Buffers::wait_until_free(group_);
+      } else if (pass == 1) {
+        Buffers::wait_for_others(work.num_slabs());
       }
+      results_ = buffers_.results(group_, pass, slot);
+      stage(acc, pass);
+      ptx::make_visible_to_copies();  // those that store it, or that fill the slot again
+      __syncwarp();
+      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.staged(group_, pass));
     }
   }
 
@@ -66,11 +72,6 @@ class SlabStore {
   struct Two {
     float x, y;
   };
-
-  __device__ std::uint32_t staged_at(int panel, int row, int column) const {
-    return staged_ + (panel * kRows + row) * kPanelBytes +
-           swizzled_chunk(row, column / kChunkCols) + column % kChunkCols * 2;
-  }
 
   __device__ void stage(const SlabAccumulators<Shape>& acc, int pass) const {
     if constexpr (kIsSwitched) {
@@ -93,15 +94,15 @@ class SlabStore {
   // Where a thread puts its columns of token 8 * frag + 2t + c, for each frag: those of row g of
   // its tile, and of row g + 8. half: which 64 kept rows, N = M only.
   struct Place {
-    __device__ Place(const SlabStore& store, int c, int half) {
-      const int token = threadIdx.x % 4 * 2 + c, g = store.g_, warp = store.warp_;
+    __device__ Place(const SlabStage& stage, int c, int half) {
+      const int token = threadIdx.x % 4 * 2 + c, g = stage.g_, warp = stage.warp_;
       int panel = 0, column, high_panel = 0, high_column = 0;
       if constexpr (kIsGated) {
         column = kIsSwitched ? warp * 16 + g * 2 : half * 32 + warp * 8 + g / 2 * 2;
       } else if constexpr (kIsPanels) {  // in the order of first_column_of()
         panel = kIsSwitched ? warp / 2 : half;
         column = kIsSwitched ? warp % 2 * 32 + g * 4 : warp * 16 + g / 2 * 4;
-      } else if (store.args_.layout.interleaved) {  // gate rows, and up rows
+      } else if (stage.args_.layout.interleaved) {  // gate rows, and up rows
         high_panel = 1;
         column = high_column = kIsSwitched ? warp * 16 + g * 2 : half * 32 + warp * 8 + g / 2 * 2;
       } else {
@@ -109,8 +110,8 @@ class SlabStore {
         column = kIsSwitched ? warp % 2 * 32 + g * 2 : warp * 16 + g / 2 * 2;
         high_column = column + (kIsSwitched ? 16 : 8);
       }
-      low = store.staged_at(panel, token, column);
-      high = store.staged_at(high_panel, token, high_column);
+      low = Passes::at(stage.results_, panel, token, column);
+      high = Passes::at(stage.results_, high_panel, token, high_column);
     }
     std::uint32_t low, high;
   };
@@ -144,42 +145,6 @@ class SlabStore {
     }
   }
 
-  __device__ void store_panels(int place, int count) const {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::store_bulk(static_cast<std::uint8_t*>(args_.out) +
-                          panel_offset(slab_ * kPanels + panel, args_.places, place),
-                      staged_ + panel * kRows * kPanelBytes, count * kPanelBytes);
-    }
-    ptx::commit_stores();
-  }
-
-  // Of each token of the tile, the row of the result: together, and before they are needed.
-  __device__ void look_up_rows() const {
-    for (int i = threadIdx.x % kGroupThreads; i < work_.count(); i += kGroupThreads) {
-      const int place = work_.first + i;
-      const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
-      ptx::store_shared(staged_ + kNumbersOffset + i * 4, static_cast<std::uint32_t>(row));
-    }
-  }
-
-  // Rows [pairs, m]: sixteen threads store 128 columns of one, 16 bytes each.
-  __device__ void store_rows(int first, int count) const {
-    const Layout& layout = args_.layout;
-    constexpr int kRowThreads = kPanels * kPanelChunks;
-    const int thread = threadIdx.x % kGroupThreads, chunk = thread % kPanelChunks;
-    const int panel = thread / kPanelChunks % kPanels;
-    const int column = layout.interleaved ? panel * (layout.rows / 2) + slab_ * kPanelCols
-                                          : (slab_ * kPanels + panel) * kPanelCols;
-    T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
-#pragma unroll 1  // the sums of the passes to come need the registers
-    for (int row = thread / kRowThreads; row < count; row += kGroupThreads / kRowThreads) {
-      const std::int64_t to = ptx::load_shared_word(staged_ + kNumbersOffset + (first + row) * 4);
-      *reinterpret_cast<uint4*>(out + to * layout.rows) =
-          ptx::load_shared(staged_at(panel, row, chunk * kChunkCols));
-    }
-  }
-
   __device__ static std::uint32_t pack(float x, float y) {
     struct alignas(4) {
       T x, y;
@@ -188,10 +153,126 @@ class SlabStore {
   }
 
   const SsmmArgs& args_;
-  const SlabWork& work_;
-  int slab_;
-  std::uint32_t staged_;
-  int warp_, g_;
+  const Buffers& buffers_;
+  int group_, warp_, g_;
+  std::uint32_t results_ = 0;  // of the present pass, shared memory
+};
+
+// By one warp for each warpgroup: from there to global memory, while the next item is multiplied.
+template <class Shape, int kSwitchPeriod, class Passes>
+class SlabStore {
+  using T = typename Shape::T;
+  using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
+  static constexpr bool kIsPanels = Passes::kIsPanels;
+
+ public:
+  __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)
+      : args_(args), buffers_(buffers), group_(group), lane_(threadIdx.x % kWarpThreads) {}
+
+  __device__ void run(const SlabScheduler<Shape>& scheduler) {
+    Buffers::set_free(group_);
+    for (int item = scheduler.first();; item += scheduler.step()) {
+      work_ = scheduler.at(item);
+      if (work_.count() == 0) return;
+      slot_ = (slot_ + args_.layout.blocks) % Buffers::kSlots;
+      if (group_ < work_.num_slabs()) store_item(ceil_div(work_.count(), Passes::kRows));
+    }
+  }
+
+ private:
+  __device__ void store_item(int passes) {
+    if constexpr (!kIsPanels) look_up_rows();
+    if constexpr (!Buffers::kLends) {
+      for (int pass = 0; pass < passes; ++pass) {
+        store(pass);
+        wait_for_reads<0>();
+        Buffers::set_free(group_);
+      }
+    } else {
+      store(0);
+      // Copies go on: when at most the second one is left, the first one's pass has been read.
+      if (kIsPanels && passes > 1) store(1), wait_for_reads<1>();
+      if (passes == 1) wait_for_reads<0>();
+      Buffers::set_free(group_);
+      if (!kIsPanels && passes > 1) store(1);
+      if (passes > 2) store(2);
+      wait_for_reads<0>();
+      buffers_.give_back(slot_);
+      if (passes > 3) {
+        store(3);
+        wait_for_reads<0>();
+        Buffers::set_free(group_);
+      }
+    }
+  }
+
+  // When the warpgroup has staged it.
+  __device__ void store(int pass) {
+    ptx::wait(buffers_.staged(group_, pass), parities_ >> pass & 1);
+    parities_ ^= 1u << pass;
+    const std::uint32_t results = buffers_.results(group_, pass, slot_);
+    const int first = pass * Passes::kRows, count = min(Passes::kRows, work_.count() - first);
+    if constexpr (kIsPanels) {
+      if (lane_ == 0) store_panels(results, first, count);
+    } else {
+      store_rows(results, first, count);
+    }
+  }
+
+  template <int kPending>
+  __device__ void wait_for_reads() const {
+    if constexpr (kIsPanels) {
+      if (lane_ == 0) ptx::wait_for_stores<kPending>();
+    }
+  }
+
+  __device__ void store_panels(std::uint32_t results, int first, int count) const {
+    const int bytes = ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes;
+#pragma unroll
+    for (int panel = 0; panel < Passes::kPanels; ++panel) {
+      ptx::store_bulk(
+          static_cast<std::uint8_t*>(args_.out) +
+              panel_offset(slab() * Passes::kPanels + panel, args_.places, work_.first + first),
+          Passes::at(results, panel, 0, 0), bytes);
+    }
+    ptx::commit_stores();
+  }
+
+  // Of each token of the tile, the row of the result: before they are needed.
+  __device__ void look_up_rows() const {
+    for (int i = lane_; i < work_.count(); i += kWarpThreads) {
+      const int place = work_.first + i;
+      const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
+      ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
+    }
+    __syncwarp();
+  }
+
+  // Rows [pairs, m]: sixteen threads store 128 columns of one, 16 bytes each.
+  __device__ void store_rows(std::uint32_t results, int first, int count) const {
+    const Layout& layout = args_.layout;
+    constexpr int kRowThreads = Passes::kPanels * kPanelChunks;
+    const int chunk = lane_ % kPanelChunks, panel = lane_ / kPanelChunks % Passes::kPanels;
+    const int column = layout.interleaved ? panel * (layout.rows / 2) + slab() * kPanelCols
+                                          : (slab() * Passes::kPanels + panel) * kPanelCols;
+    T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
+    const std::uint32_t numbers = buffers_.numbers(group_) + first * 4;
+#pragma unroll(Buffers::kLends ? 2 : 1)  // registers are few
+    for (int row = lane_ / kRowThreads; row < count; row += kWarpThreads / kRowThreads) {
+      const std::int64_t to = ptx::load_shared_word(numbers + row * 4);
+      *reinterpret_cast<uint4*>(out + to * layout.rows) =
+          ptx::load_shared(Passes::at(results, panel, row, chunk * kChunkCols));
+    }
+  }
+
+  __device__ int slab() const { return work_.first_slab() + group_; }
+
+  const SsmmArgs& args_;
+  const Buffers& buffers_;
+  int group_, lane_;
+  SlabWork work_;
+  int slot_ = Buffers::kSlots - 1;  // the last of the item
+  std::uint32_t parities_ = 0;      // bit p: of the next phase of `staged`, pass p
 };
 
 }  // namespace samoyeds

@@ -40,9 +40,10 @@ __device__ __forceinline__ void store_bulk(void* to, std::uint32_t from, int num
 __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until this thread's stores have read their shared memory.
+// Until all of this thread's groups of stores but kPending have read their shared memory.
+template <int kPending>
 __device__ __forceinline__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 // What this thread has written to shared memory, for bulk copies that start later.
 __device__ __forceinline__ void make_visible_to_copies() {
