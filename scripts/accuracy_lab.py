@@ -35,6 +35,8 @@ from lab.shape import FAMILIES, Shape
 from lab.table import markdown
 from lab.training import TrainSettings, load_or_train
 
+from samoyeds_hf.pruning.distill_settings import TRAINED, DistillSettings
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line; the defaults are for one H200."""
@@ -95,9 +97,11 @@ def _add_cells(run: argparse.ArgumentParser) -> None:
     run.add_argument("--eval-tokens", type=int, default=1 << 19, help="held out, at most")
     run.add_argument("--probe-tokens", type=int, default=1 << 16)
     run.add_argument("--share", type=float, default=0.06, help="of training tokens to distill on")
-    run.add_argument("--distill-batch", type=int, default=8)
-    run.add_argument("--distill-lr", type=float, default=1e-3)
-    run.add_argument("--distill-train", choices=("experts", "all"), default="experts")
+    usual = DistillSettings()
+    run.add_argument("--distill-batch", type=int, default=usual.batch_size)
+    run.add_argument("--distill-lr", type=float, default=usual.learning_rate)
+    run.add_argument("--distill-hidden", type=float, default=usual.hidden_weight)
+    run.add_argument("--distill-train", choices=TRAINED, default=usual.train)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -133,6 +137,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         share=args.share,
         distill_batch=args.distill_batch,
         distill_lr=args.distill_lr,
+        distill_hidden=args.distill_hidden,
         distill_train=args.distill_train,
         seed=args.seed,
     )

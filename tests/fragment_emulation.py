@@ -83,9 +83,9 @@ class Layout:
         return 2304 + (16 if self.has_switches else 0)
 
     def block_start(self, tile: int, block: int) -> int:
-        """Byte of a block of a tile: bundle by bundle, in it block by block, in that tile by tile."""
+        """Byte of a block of a tile: bundles, in them blocks, in those tiles."""
         first = tile - tile % BUNDLE_TILES
-        bundle = list(range(first, min(first + BUNDLE_TILES, self.tiles)))
+        bundle = range(first, min(first + BUNDLE_TILES, self.tiles))
         before = first * self.blocks + block * len(bundle) + bundle.index(tile)
         return before * self.block_bytes
 

@@ -147,6 +147,7 @@ def _in_order() -> Iterator[Cell]:
     yield from (Cell(pattern, recovery=DISTILL) for pattern in (UNSTRUCTURED, *OTHERS))
     for pattern in TARGETS:
         yield from _with(Cell(pattern, recovery=BLOCK), BLOCK_DISTILL)
+    yield from _with(replace(plain, ideas=UNEVEN, recovery=BLOCK), BLOCK_DISTILL)
     yield from (replace(plain, ideas=ideas, recovery=DISTILL) for ideas in IDEAS[1:])
     yield from (Cell(pattern, method) for method in METHODS for pattern in PATTERNS)
 

@@ -38,6 +38,7 @@ class LabSettings:
     share: float  # of the training tokens that distillation may see
     distill_batch: int
     distill_lr: float
+    distill_hidden: float  # weight of the hidden states
     distill_train: str
     seed: int
 
@@ -188,6 +189,7 @@ class Laboratory:
             steps=steps,
             batch_size=batch,
             learning_rate=settings.distill_lr,
+            hidden_weight=settings.distill_hidden,
             train=settings.distill_train,
             seed=settings.seed,
         )

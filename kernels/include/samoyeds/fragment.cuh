@@ -27,7 +27,7 @@ namespace samoyeds {
 
 inline constexpr const char* kLayoutName = "m16k128.v3";
 
-inline constexpr int kTileRows = 16;    // kept rows of a tile
+inline constexpr int kTileRows = 16;  // kept rows of a tile
 inline constexpr int kBundleTiles = 8;
 inline constexpr int kBlockCols = 128;  // dense columns of a block
 inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction

@@ -1,10 +1,10 @@
 // The matrix kernel of Hopper for many tokens: the same product as ssmm.cuh, on wgmma.sp.
 //
-// A thread block has two warpgroups that multiply and one that loads and stores, and stays until all
-// items are done. An item is a tile of tokens of one expert times up to four slabs, one for each warpgroup of
-// a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1, 2, V), with two
-// sums each, or two times 64 kept rows where N = M. Each block of a cluster loads half of the
-// tokens for both.
+// A thread block has two warpgroups that multiply and one that loads and stores, and stays until
+// all items are done. An item is a tile of tokens of one expert times up to four slabs, one for
+// each warpgroup of a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1,
+// 2, V), with two sums each, or two times 64 kept rows where N = M. Each block of a cluster loads
+// half of the tokens for both.
 //
 // What limits it: shared memory. A step of 128 columns, 768 clocks of wgmma.sp, reads 98 KB of
 // tokens for the instruction, 19 KB of weights to registers, and writes 68 KB that arrive.
@@ -72,11 +72,11 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
     const int last_slot = (turn.slot == 0 ? Buffers::kSlots : turn.slot) - 1;
     for_output<Shape>(args.output, [&](auto passes) {
       SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group)
-          .run(acc, work, last_slot);
+          .run(acc, item, work, last_slot);
     });
   }
   if constexpr (kTakesTurns) Turns::finish(group);
-  Buffers::wait_until_free(group);  // who arrives at a barrier is waited for
+  SlabStage<Shape, kSwitchPeriod, SlabPasses<Shape, false, true>>(args, buffers, group).finish();
 }
 
 // By the four warps that do not multiply.

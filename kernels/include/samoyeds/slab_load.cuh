@@ -16,7 +16,6 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
   const int rank = blockIdx.x % Shape::kCluster;
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
-  const std::int64_t block_stride = panel_offset(2, args.places, 0);
   Turn turn;
   SlabWork next = scheduler.at(scheduler.first());
   for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
@@ -26,8 +25,6 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const int first = eights * rank / Shape::kCluster * kPlaceAlign;
     const int count = eights * (rank + 1) / Shape::kCluster * kPlaceAlign - first;
-    const std::uint8_t* tokens = static_cast<const std::uint8_t*>(args.x) +
-                                 panel_offset(0, args.places, work.first + first);
     const int bytes = work.num_slabs() * Buffers::kSlabTiles * layout.block_bytes +
                       eights * kPlaceAlign * 2 * kPanelBytes;
     for (int block = 0; block < layout.blocks; ++block) {
@@ -36,13 +33,15 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
         const std::uint32_t full = buffers.full(turn.slot);
         ptx::arrive_expecting(full, bytes);  // the weights too
         for (int panel = 0; panel < 2 && count > 0; ++panel) {
+          const std::uint8_t* tokens =
+              static_cast<const std::uint8_t*>(args.x) +
+              panel_offset(block * 2 + panel, args.places, work.first + first);
           ptx::copy_bulk_to_cluster<Shape::kCluster>(
-              buffers.tokens(turn.slot, panel) + first * kPanelBytes,
-              tokens + panel_offset(panel, args.places, 0), count * kPanelBytes, full);
+              buffers.tokens(turn.slot, panel) + first * kPanelBytes, tokens, count * kPanelBytes,
+              full);
         }
       }
       __syncwarp();
-      tokens += block_stride;
       turn.advance(Buffers::kSlots);
     }
   }

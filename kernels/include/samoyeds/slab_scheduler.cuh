@@ -21,8 +21,10 @@ struct HopperShape {
   static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
   static constexpr int kCluster = 2;    // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  // Moved from the warps that load and store to those that multiply: all have 168 at first.
-  static constexpr int kRegisters = 240, kHelperRegisters = 32;
+  // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
+  // there is not one more to give; who asks for it waits forever.
+  static constexpr int kRegisters = 240, kHelperRegisters = 24;
+  static_assert(kGroups * kRegisters + kHelperRegisters == (kGroups + 1) * 168, "all of them");
 };
 
 // The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
@@ -31,10 +33,10 @@ struct HopperShape {
 // done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
 //
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
-// them: `staged` completes when its warps have written one. A warpgroup's own buffer holds one, and
-// is free again when the warp that stores has read it. With three slots the item's last one is lent
-// for the second and third pass: each warpgroup has one of its panels, once both are done with it,
-// and who stores gives the slot back.
+// them: `staged` completes when its warps have written one; with the first they say what it is of.
+// A warpgroup's own buffer holds one, and is free again when the warp that stores has read it. With
+// three slots the item's last one is lent for the second and third pass: each warpgroup has one of
+// its panels, once both are done with it, and who stores gives the slot back.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -48,9 +50,10 @@ struct HopperBuffers {
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
   static constexpr int kBarriers = 2 * kSlots + Shape::kGroups * kMaxPasses;
+  static constexpr int kWorkBytes = 8;     // a warpgroup's results are of that item and last slot
   static constexpr int kAlignment = 1024;  // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes) +
-                                Shape::kGroups * kStagedBytes + kBarriers * 8;
+                                Shape::kGroups * (kStagedBytes + kWorkBytes) + kBarriers * 8;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -71,6 +74,9 @@ struct HopperBuffers {
   __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
   __device__ std::uint32_t staged(int group, int pass) const {
     return full(2 * kSlots + group * kMaxPasses + pass);
+  }
+  __device__ std::uint32_t work(int group) const {
+    return staged(Shape::kGroups, 0) + group * kWorkBytes;
   }
 
   __device__ void init() const {
@@ -102,7 +108,7 @@ struct HopperBuffers {
   // next are named barriers, whose parity would take a register from those that multiply.
   __device__ __forceinline__ static void set_free(int group) {
     __syncwarp();
-    ptx::arrive_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+    ptx::arrive_some(ptx::here(kFreeBarrier + group), kGroupThreads + kWarpThreads);
   }
   __device__ __forceinline__ static void wait_until_free(int group) {
     ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
@@ -116,9 +122,7 @@ struct HopperBuffers {
  private:
   static constexpr int kReadBarrier = 1, kFreeBarrier = 9;  // Turns has those between
 
-  __device__ std::uint32_t own(int group) const {
-    return tokens(kSlots, 0) + group * kStagedBytes;
-  }
+  __device__ std::uint32_t own(int group) const { return tokens(kSlots, 0) + group * kStagedBytes; }
 };
 
 // The same in all lanes of a warp, and the compiler knows it: addresses then need no register of
@@ -149,7 +153,11 @@ class SlabScheduler {
     const int num_tiles =
         uniform(args_.tokens.tiles ? __ldg(args_.tokens.num_tiles)
                                    : ceil_div(args_.tokens.num_rows, args_.tokens.tile_tokens));
-    if (item >= num_tiles * args_.parts.value) return {};
+    return item < num_tiles * args_.parts.value ? existing(item) : SlabWork{};
+  }
+
+  // Of an item that there is.
+  __device__ SlabWork existing(int item) const {
     const int guess = item / args_.parts;  // a tile of the same group
     Tile tile = tile_at(guess);
     const int group_first = tile.group >> 8, group_size = tile.group & 255;

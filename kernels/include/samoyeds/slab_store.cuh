@@ -33,6 +33,8 @@ struct SlabPasses {
   }
 };
 
+inline constexpr int kNoItem = -1;  // in place of an item: there are no more
+
 // By a warpgroup: its results to shared memory.
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStage {
@@ -50,35 +52,55 @@ class SlabStage {
         warp_(threadIdx.x / kWarpThreads % kGroupWarps),
         g_(threadIdx.x % kWarpThreads / 4) {}
 
-  // slot: the item's last.
-  __device__ void run(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) {
+  // work: the item's; slot: its last.
+  __device__ void run(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
+                      int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) return;
       if (!Buffers::is_lent(pass)) {
         Buffers::wait_until_free(group_);
+        if (pass == 0) tell(item, slot);
       } else if (pass == 1) {
         Buffers::wait_for_others(work.num_slabs());
       }
-      results_ = buffers_.results(group_, pass, slot);
-      stage(acc, pass);
+      stage(acc, pass, buffers_.results(group_, pass, slot));
       ptx::make_visible_to_copies();  // those that store it, or that fill the slot again
-      __syncwarp();
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.staged(group_, pass));
+      arrive(pass);
     }
   }
 
+  // There are no more items.
+  __device__ void finish() const {
+    Buffers::wait_until_free(group_);
+    tell(kNoItem, 0);
+    arrive(0);
+  }
+
  private:
+  // The warp that stores, whose results come.
+  __device__ void tell(int item, int slot) const {
+    if (threadIdx.x % kGroupThreads == 0) {
+      ptx::store_shared(buffers_.work(group_), static_cast<std::uint32_t>(item),
+                        static_cast<std::uint32_t>(slot));
+    }
+  }
+
+  __device__ void arrive(int pass) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.staged(group_, pass));
+  }
+
   struct Two {
     float x, y;
   };
 
-  __device__ void stage(const SlabAccumulators<Shape>& acc, int pass) const {
+  __device__ void stage(const SlabAccumulators<Shape>& acc, int pass, std::uint32_t results) const {
     if constexpr (kIsSwitched) {
       // A kept row has two dense rows, neighbours in the result.
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Place place(*this, c, 0);
+        const Place place(*this, results, c, 0);
 #pragma unroll
         for (int frag = 0; frag < kFrags; ++frag) {
           const int i = (pass * kFrags + frag) * 4 + c;
@@ -86,15 +108,15 @@ class SlabStage {
         }
       }
     } else {
-      stage_half(acc.d, 0, pass);
-      stage_half(acc.odd, 1, pass);
+      stage_half(acc.d, 0, pass, results);
+      stage_half(acc.odd, 1, pass, results);
     }
   }
 
   // Where a thread puts its columns of token 8 * frag + 2t + c, for each frag: those of row g of
   // its tile, and of row g + 8. half: which 64 kept rows, N = M only.
   struct Place {
-    __device__ Place(const SlabStage& stage, int c, int half) {
+    __device__ Place(const SlabStage& stage, std::uint32_t results, int c, int half) {
       const int token = threadIdx.x % 4 * 2 + c, g = stage.g_, warp = stage.warp_;
       int panel = 0, column, high_panel = 0, high_column = 0;
       if constexpr (kIsGated) {
@@ -110,8 +132,8 @@ class SlabStage {
         column = kIsSwitched ? warp % 2 * 32 + g * 2 : warp * 16 + g / 2 * 2;
         high_column = column + (kIsSwitched ? 16 : 8);
       }
-      low = Passes::at(stage.results_, panel, token, column);
-      high = Passes::at(stage.results_, high_panel, token, high_column);
+      low = Passes::at(results, panel, token, column);
+      high = Passes::at(results, high_panel, token, high_column);
     }
     std::uint32_t low, high;
   };
@@ -131,9 +153,10 @@ class SlabStage {
 
   // N = M: a kept row is one dense row. Neighbouring rows' threads exchange values, so that each
   // has two columns of one token.
-  __device__ void stage_half(const float (&d)[Shape::kTokens / 2], int half, int pass) const {
+  __device__ void stage_half(const float (&d)[Shape::kTokens / 2], int half, int pass,
+                             std::uint32_t results) const {
     const bool is_odd = g_ % 2;
-    const Place place(*this, is_odd, half);
+    const Place place(*this, results, is_odd, half);
     const auto exchange = [&](float first, float second) -> Two {
       const float other = __shfl_xor_sync(0xffffffffu, is_odd ? first : second, 4);
       return {is_odd ? other : first, is_odd ? second : other};
@@ -155,7 +178,6 @@ class SlabStage {
   const SsmmArgs& args_;
   const Buffers& buffers_;
   int group_, warp_, g_;
-  std::uint32_t results_ = 0;  // of the present pass, shared memory
 };
 
 // By one warp for each warpgroup: from there to global memory, while the next item is multiplied.
@@ -167,53 +189,66 @@ class SlabStore {
 
  public:
   __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)
-      : args_(args), buffers_(buffers), group_(group), lane_(threadIdx.x % kWarpThreads) {}
+      : args_(args), buffers_(buffers), group_(group) {}
 
+  // Until there are no more items.
   __device__ void run(const SlabScheduler<Shape>& scheduler) {
     Buffers::set_free(group_);
-    for (int item = scheduler.first();; item += scheduler.step()) {
-      work_ = scheduler.at(item);
-      if (work_.count() == 0) return;
-      slot_ = (slot_ + args_.layout.blocks) % Buffers::kSlots;
-      if (group_ < work_.num_slabs()) store_item(ceil_div(work_.count(), Passes::kRows));
+    while (true) {
+      wait_until_staged(0);
+      const int item = static_cast<int>(ptx::load_shared_word(buffers_.work(group_)));
+      slot_ = static_cast<int>(ptx::load_shared_word(buffers_.work(group_) + 4));
+      if (item == kNoItem) return;
+      work_ = scheduler.existing(item);
+      store_item();
     }
   }
 
  private:
-  __device__ void store_item(int passes) {
+  __device__ bool has(int pass) const { return pass * Passes::kRows < work_.count(); }
+
+  __device__ void store_item() {
     if constexpr (!kIsPanels) look_up_rows();
-    if constexpr (!Buffers::kLends) {
-      for (int pass = 0; pass < passes; ++pass) {
-        store(pass);
-        wait_for_reads<0>();
-        Buffers::set_free(group_);
-      }
-    } else {
-      store(0);
+    if constexpr (kIsPanels && Buffers::kLends) {
       // Copies go on: when at most the second one is left, the first one's pass has been read.
-      if (kIsPanels && passes > 1) store(1), wait_for_reads<1>();
-      if (passes == 1) wait_for_reads<0>();
+      store(0);
+      if (has(1)) {
+        store(1);
+        wait_for_reads<1>();
+      } else {
+        wait_for_reads<0>();
+      }
       Buffers::set_free(group_);
-      if (!kIsPanels && passes > 1) store(1);
-      if (passes > 2) store(2);
+      if (has(2)) store(2);
       wait_for_reads<0>();
       buffers_.give_back(slot_);
-      if (passes > 3) {
+      if (has(3)) {
         store(3);
         wait_for_reads<0>();
         Buffers::set_free(group_);
       }
+    } else {
+#pragma unroll 1  // registers are few
+      for (int pass = 0; has(pass); ++pass) {
+        store(pass);
+        wait_for_reads<0>();
+        if (!Buffers::is_lent(pass)) Buffers::set_free(group_);
+        if (Buffers::kLends && (pass == 2 || pass < 2 && !has(pass + 1))) buffers_.give_back(slot_);
+      }
     }
   }
 
-  // When the warpgroup has staged it.
-  __device__ void store(int pass) {
+  __device__ void wait_until_staged(int pass) {
     ptx::wait(buffers_.staged(group_, pass), parities_ >> pass & 1);
     parities_ ^= 1u << pass;
+  }
+
+  __device__ void store(int pass) {
+    if (pass > 0) wait_until_staged(pass);
     const std::uint32_t results = buffers_.results(group_, pass, slot_);
     const int first = pass * Passes::kRows, count = min(Passes::kRows, work_.count() - first);
     if constexpr (kIsPanels) {
-      if (lane_ == 0) store_panels(results, first, count);
+      if (lane() == 0) store_panels(results, first, count);
     } else {
       store_rows(results, first, count);
     }
@@ -222,7 +257,7 @@ class SlabStore {
   template <int kPending>
   __device__ void wait_for_reads() const {
     if constexpr (kIsPanels) {
-      if (lane_ == 0) ptx::wait_for_stores<kPending>();
+      if (lane() == 0) ptx::wait_for_stores<kPending>();
     }
   }
 
@@ -240,7 +275,7 @@ class SlabStore {
 
   // Of each token of the tile, the row of the result: before they are needed.
   __device__ void look_up_rows() const {
-    for (int i = lane_; i < work_.count(); i += kWarpThreads) {
+    for (int i = lane(); i < work_.count(); i += kWarpThreads) {
       const int place = work_.first + i;
       const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
       ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
@@ -252,27 +287,29 @@ class SlabStore {
   __device__ void store_rows(std::uint32_t results, int first, int count) const {
     const Layout& layout = args_.layout;
     constexpr int kRowThreads = Passes::kPanels * kPanelChunks;
-    const int chunk = lane_ % kPanelChunks, panel = lane_ / kPanelChunks % Passes::kPanels;
+    const int thread = lane();
+    const int chunk = thread % kPanelChunks, panel = thread / kPanelChunks % Passes::kPanels;
     const int column = layout.interleaved ? panel * (layout.rows / 2) + slab() * kPanelCols
                                           : (slab() * Passes::kPanels + panel) * kPanelCols;
     T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
     const std::uint32_t numbers = buffers_.numbers(group_) + first * 4;
 #pragma unroll(Buffers::kLends ? 2 : 1)  // registers are few
-    for (int row = lane_ / kRowThreads; row < count; row += kWarpThreads / kRowThreads) {
-      const std::int64_t to = ptx::load_shared_word(numbers + row * 4);
-      *reinterpret_cast<uint4*>(out + to * layout.rows) =
+    for (int row = thread / kRowThreads; row < count; row += kWarpThreads / kRowThreads) {
+      const std::uint64_t to = ptx::load_shared_word(numbers + row * 4);
+      *reinterpret_cast<uint4*>(out + to * static_cast<std::uint32_t>(layout.rows)) =
           ptx::load_shared(Passes::at(results, panel, row, chunk * kChunkCols));
     }
   }
 
+  __device__ static int lane() { return ptx::here(threadIdx.x % kWarpThreads); }
   __device__ int slab() const { return work_.first_slab() + group_; }
 
   const SsmmArgs& args_;
   const Buffers& buffers_;
-  int group_, lane_;
+  int group_;
   SlabWork work_;
-  int slot_ = Buffers::kSlots - 1;  // the last of the item
-  std::uint32_t parities_ = 0;      // bit p: of the next phase of `staged`, pass p
+  int slot_ = 0;                // the item's last
+  std::uint32_t parities_ = 0;  // bit p: of the next phase of `staged`, pass p
 };
 
 }  // namespace samoyeds
