@@ -28,10 +28,10 @@ def recover(
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of the optimizer.  [default: 300]")
+        int | None, typer.Option(min=1, help="Of the optimizer.  [default: 1200]")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of a step.  [default: 8]")
+        int | None, typer.Option(min=1, help="Sequences of a step.  [default: 2]")
     ] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences at a time, for memory.  [default: all]")
@@ -45,7 +45,7 @@ def recover(
     ] = None,
     hidden_weight: Annotated[
         float | None,
-        typer.Option(help="Of the error of the hidden states beside the KL.  [default: 10.0]"),
+        typer.Option(help="Of the error of the hidden states beside the KL.  [default: 30.0]"),
     ] = None,
     held_back: Annotated[
         float | None,
@@ -64,7 +64,7 @@ def recover(
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(help="What was pruned, or all weights.  [default: experts]"),
+        typer.Option(help="all weights, or experts: what was pruned.  [default: all]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of documents and of sequences.")] = 0,
     device: Annotated[

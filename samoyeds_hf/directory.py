@@ -16,6 +16,7 @@ from samoyeds_hf.errors import CheckpointError
 from samoyeds_hf.shards import disk_errors, sync_directory, sync_file
 
 REPORT_FILE = "samoyeds_report.json"
+DISTILLATION_KEY = "distillation"  # in it, beside what a PatchReport holds
 STATE_FILE = "conversion.json"
 _LOCK_FILE = ".lock"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}

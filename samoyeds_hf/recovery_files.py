@@ -21,7 +21,7 @@ from samoyeds_hf.card import updated_card
 from samoyeds_hf.compress import matrices_of
 from samoyeds_hf.config import SamoyedsConfig
 from samoyeds_hf.convert_layers import read_calibration
-from samoyeds_hf.directory import REPORT_FILE
+from samoyeds_hf.directory import DISTILLATION_KEY, REPORT_FILE
 from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
 from samoyeds_hf.format import encode
 from samoyeds_hf.hub import resolve_source
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 LOG_FILE = "samoyeds_distillation.csv"
 _CONFIG_KEY = "quantization_config"
-_RESULT_KEY = "distillation"  # in the report, beside what a PatchReport holds
 _HEADING = "## How it was distilled"
 
 
@@ -229,7 +228,7 @@ def write_companions(
         "calibration": work.calibration.to_dict(),
         "result": asdict(result),
     }
-    content = json.dumps({**report.to_dict(), _RESULT_KEY: details}, indent=1)
+    content = json.dumps({**report.to_dict(), DISTILLATION_KEY: details}, indent=1)
     write_text(directory / REPORT_FILE, content + "\n")
     _write_card(directory, work, report, result)
     content = json.dumps({**read_config(source), _CONFIG_KEY: config.to_dict()}, indent=2)
@@ -280,4 +279,4 @@ def _write_card(
 def read_result(directory: Path) -> DistillReport:
     """What the report of a distilled checkpoint says about the training."""
     content = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-    return DistillReport(**content[_RESULT_KEY]["result"])
+    return DistillReport(**content[DISTILLATION_KEY]["result"])

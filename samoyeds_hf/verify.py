@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,12 @@ import torch
 from tqdm import tqdm
 
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
-from samoyeds_hf.directory import copy_companions, growing_directory
+from samoyeds_hf.directory import (
+    DISTILLATION_KEY,
+    REPORT_FILE,
+    copy_companions,
+    growing_directory,
+)
 from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
 from samoyeds_hf.experts import build_sparse
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, validate
@@ -92,6 +98,7 @@ class CheckReport:
     rows: tuple[tuple[str, str, str, float | None], ...]  # name, shape, pattern, error
     num_copied: int
     changed: tuple[str, ...]  # tensors that should equal the source's and do not
+    trained: int = 0  # others that do not, as distillation trained all weights
 
     def __str__(self) -> str:
         head: tuple[str, ...] = ("weight", "dense shape", "pattern")
@@ -105,6 +112,8 @@ class CheckReport:
             lines[-1] += (
                 f", {len(self.changed)} of them differ from the source: {', '.join(self.changed)}"
                 if self.changed
+                else f", {self.trained} of them trained"
+                if self.trained
                 else " and equal the source's"
             )
         return "\n".join(lines) + "."
@@ -143,7 +152,18 @@ def check_checkpoint(
             original = source[name].load(checkpoint.model)[name].to(tensor.dtype)
             if not torch.equal(_bits(original), _bits(tensor)):
                 changed.append(name)
+    if _is_trained_whole(checkpoint.directory):
+        return CheckReport(str(directory), tuple(rows), num_copied, (), len(changed))
     return CheckReport(str(directory), tuple(rows), num_copied, tuple(changed))
+
+
+def _is_trained_whole(directory: Path) -> bool:
+    """Whether its report says that distillation trained what is not sparse, too."""
+    report = directory / REPORT_FILE
+    if not report.is_file():
+        return False
+    said = json.loads(report.read_text(encoding="utf-8")).get(DISTILLATION_KEY, {})
+    return bool(said.get("settings", {}).get("train") == "all")
 
 
 def export_dense(

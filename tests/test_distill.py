@@ -43,7 +43,7 @@ from samoyeds_hf.pruning.masters import UNPRUNED, WIDTH, Masters, make_optimizer
 from samoyeds_hf.pruning.training import CsvLog, pick, schedule
 
 TEXT = tokens(batch=10, length=12)
-FAST = DistillSettings(steps=6, batch_size=4, learning_rate=1e-3)
+FAST = DistillSettings(steps=6, batch_size=4, learning_rate=1e-3, train="experts")
 BOTH = SamoyedsConfig(PATTERN, modules=("experts", "shared_experts"))
 
 
@@ -232,9 +232,19 @@ def loop_distill(
 ) -> list[float]:
     """The same with dense masters, a mask on each gradient and weight, and torch's own loss."""
     student.requires_grad_(False)
-    weights = {name: student.get_parameter(name).requires_grad_() for name in masks}
+    everything = dict(student.named_parameters())
+    names = everything if settings.train == "all" else masks
+    weights = {name: everything[name].requires_grad_() for name in names}
+    widest = max(w.shape[-1] for w in weights.values())
     optimizer = torch.optim.AdamW(
-        [{"params": [w], "k": w.shape[-1]} for w in weights.values()],
+        [
+            {
+                "params": [w],
+                "k": w.shape[-1] if w.ndim > 1 else widest,
+                "share": 1.0 if name in masks else 0.1,
+            }
+            for name, w in weights.items()
+        ],
         betas=(0.9, 0.95),
         weight_decay=0,
     )
@@ -251,24 +261,27 @@ def loop_distill(
             for q, p in list(zip(sparse.hidden_states, dense.hidden_states, strict=True))[1:]
         ]
         (loss + settings.hidden_weight * sum(errors) / 2).backward()  # two layers
-        for name, weight in weights.items():
-            weight.grad *= masks[name]
+        for name in masks:
+            weights[name].grad *= masks[name]
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         factor = schedule(step - start, settings.steps - start, settings.warmup)
         rate = settings.learning_rate * factor
         for group in optimizer.param_groups:
-            group["lr"] = rate * 1024 / group["k"]
+            group["lr"] = rate * group["share"] * 1024 / group["k"]
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for name, weight in weights.items():
-                weight *= masks[name]
+            for name in masks:
+                weights[name] *= masks[name]
         losses.append(float(loss.detach()))
     return losses
 
 
+@pytest.mark.parametrize("train", ["experts", "all"])
 @pytest.mark.parametrize(("micro_batch_size", "hidden_weight"), [(None, 0.0), (3, 0.0), (3, 2.0)])
-def test_distill_is_the_plain_loop(micro_batch_size: int | None, hidden_weight: float) -> None:
+def test_distill_is_the_plain_loop(
+    micro_batch_size: int | None, hidden_weight: float, train: str
+) -> None:
     student, teacher, masks = mixtral()
     twin = copy.deepcopy(student)
     rows: list[Mapping[str, float]] = []
@@ -279,6 +292,7 @@ def test_distill_is_the_plain_loop(micro_batch_size: int | None, hidden_weight: 
         micro_batch_size=micro_batch_size,
         hidden_weight=hidden_weight,
         held_back=0.0,
+        train=train,
     )
     report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
     assert (report.before, report.after, report.kept) == (None, None, True)
@@ -293,7 +307,8 @@ def test_distill_is_the_plain_loop(micro_batch_size: int | None, hidden_weight: 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_families(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("train", ["experts", "all"])
+def test_families(name: str, dtype: torch.dtype, train: str) -> None:
     """The loss falls, the masks hold, and nothing else moves: not the teacher, not a flag."""
     teacher = BY_NAME[name].make(dtype)
     student, masks = pruned(teacher)
@@ -301,7 +316,14 @@ def test_families(name: str, dtype: torch.dtype) -> None:
     student.train()
     flags = {n: p.requires_grad for n, p in student.named_parameters()}
     # hidden states of a model that was never trained say little about its logits
-    settings = DistillSettings(steps=12, batch_size=10, learning_rate=1e-3, hidden_weight=1)
+    settings = DistillSettings(
+        steps=12,
+        batch_size=10,
+        learning_rate=1e-3,
+        hidden_weight=1,
+        held_back=0.0,
+        train=train,
+    )
     report = distill(student, teacher, TEXT, masks, settings)
     assert report.last < 0.8 * report.first
     assert_held(student, masks)
@@ -312,7 +334,10 @@ def test_families(name: str, dtype: torch.dtype) -> None:
     assert all(p.grad is None for model in (student, teacher) for p in model.parameters())
     for n, parameter in student.named_parameters():
         assert parameter.dtype == before.get_parameter(n).dtype
-        assert torch.equal(parameter, before.get_parameter(n)) == (n not in masks), n
+        if train == "experts" or n in masks:
+            assert torch.equal(parameter, before.get_parameter(n)) == (n not in masks), n
+    if train == "all":
+        assert not torch.equal(student.lm_head.weight, before.lm_head.weight)
 
 
 def loop_divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
@@ -360,7 +385,14 @@ def test_a_rate_that_is_too_high_is_lowered(rate: float, starts: list[int]) -> N
     """Each time from the pruned weights, with a new optimizer and the sequences that come next."""
     student, teacher, masks = mixtral()
     before = copy.deepcopy(student)
-    settings = DistillSettings(steps=9, batch_size=4, learning_rate=rate, held_back=0.2)
+    settings = DistillSettings(
+        steps=9,
+        batch_size=4,
+        learning_rate=rate,
+        hidden_weight=10.0,
+        held_back=0.2,
+        train="experts",
+    )
     rows: list[Mapping[str, float]] = []
     report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
     text, held_text = TEXT[:8], TEXT[8:]

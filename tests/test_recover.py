@@ -47,7 +47,7 @@ from samoyeds_hf.report_files import read_report
 from samoyeds_hf.verify import check_checkpoint
 
 BOTH = SamoyedsConfig(PATTERN, modules=("experts", "shared_experts"))
-FAST = DistillSettings(steps=4, batch_size=4, learning_rate=1e-3)
+FAST = DistillSettings(steps=4, batch_size=4, learning_rate=1e-3, train="experts")
 
 
 # --- one layer ----------------------------------------------------------------------------------
@@ -341,7 +341,9 @@ def test_it_can_be_recovered_again(case: Case, recovered: Path) -> None:
 def test_families(tmp_path: Path, name: str) -> None:
     """Shared experts are Linears; DeepSeek keeps its router's bias in fp32."""
     case = Case(tmp_path, BY_NAME[name])
-    out = case.recover(settings=DistillSettings(steps=10, batch_size=10, held_back=0.0))
+    out = case.recover(
+        settings=DistillSettings(steps=10, batch_size=10, held_back=0.0, train="experts")
+    )
     report = json.loads((out / "samoyeds_report.json").read_text())["distillation"]["result"]
     assert report["last"] < report["first"]
     assert check_checkpoint(out, case.dense, progress=False).changed == ()
@@ -370,6 +372,10 @@ def test_training_all_weights(tmp_path: Path, stored_twice: bool) -> None:
     }
     if stored_twice:
         assert new["lm_head.weight"] == new["model.embed_tokens.weight"]
+    report = check_checkpoint(out, case.dense, progress=False)
+    assert report.changed == ()
+    assert report.trained > 0
+    assert f"{report.trained} of them trained" in str(report)
 
 
 def store_head(directory: Path) -> None:
@@ -606,6 +612,7 @@ def test_the_script(case: Case) -> None:
         "batch-size": 4,
         "learning-rate": 1e-3,
         "held-back": DistillSettings().held_back,
+        "train": FAST.train,
         "device": "cpu",
     }
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
