@@ -76,7 +76,9 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
     });
   }
   if constexpr (kTakesTurns) Turns::finish(group);
-  SlabStage<Shape, kSwitchPeriod, SlabPasses<Shape, false, true>>(args, buffers, group).finish();
+  for_output<Shape>(args.output, [&](auto passes) {
+    SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).finish();
+  });
 }
 
 // By the four warps that do not multiply.
@@ -88,7 +90,9 @@ __device__ void help(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler
   if (warp == 0) return load_tokens(args, scheduler, buffers);
   if (warp == 1) return load_weights(args, scheduler, buffers);
   for_output<Shape>(args.output, [&](auto passes) {
-    SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, warp - 2).run(scheduler);
+    if constexpr (decltype(passes)::kIsPanels) {
+      SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, warp - 2).run(scheduler);
+    }
   });
 }
 

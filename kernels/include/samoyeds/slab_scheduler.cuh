@@ -33,10 +33,10 @@ struct HopperShape {
 // done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
 //
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
-// them: `staged` completes when its warps have written one; with the first they say what it is of.
-// A warpgroup's own buffer holds one, and is free again when the warp that stores has read it. With
-// three slots the item's last one is lent for the second and third pass: each warpgroup has one of
-// its panels, once both are done with it, and who stores gives the slot back.
+// them. A warpgroup's own buffer holds one. With three slots the item's last one is lent for the
+// second and third pass: each warpgroup has one of its panels, once both are done with it. Where a
+// warp stores for a warpgroup, `staged` completes when a pass is written, with the first it is told
+// what it is of, and it gives the memory back: the own buffer, then the slot.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -108,10 +108,14 @@ struct HopperBuffers {
   // next are named barriers, whose parity would take a register from those that multiply.
   __device__ __forceinline__ static void set_free(int group) {
     __syncwarp();
-    ptx::arrive_some(ptx::here(kFreeBarrier + group), kGroupThreads + kWarpThreads);
+    ptx::arrive_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
   }
   __device__ __forceinline__ static void wait_until_free(int group) {
     ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+  }
+  // By a warpgroup where nobody stores for it.
+  __device__ __forceinline__ static void sync_group(int group) {
+    ptx::sync_some(kFreeBarrier + group, kGroupThreads);
   }
   // By all `groups` that have read the item's last slot: it may be written.
   __device__ __forceinline__ static void wait_for_others(int groups) {

@@ -1,5 +1,7 @@
-// The Hopper kernel, registers to global memory: the gate, panels or rows. The warps that multiply
-// write to shared memory and go on; a warp for each warpgroup takes it from there.
+// The Hopper kernel, registers to global memory: the gate, panels or rows. Panels: the warps that
+// multiply write to shared memory and go on, a warp for each warpgroup copies from there. Rows are
+// more work than one warp gets done while a slot is lent (products took 5 to 13 % longer), so those
+// that multiply store them.
 #pragma once
 
 #include "samoyeds/epilogue.cuh"
@@ -35,7 +37,7 @@ struct SlabPasses {
 
 inline constexpr int kNoItem = -1;  // in place of an item: there are no more
 
-// By a warpgroup: its results to shared memory.
+// By a warpgroup: its results to shared memory, and rows from there to global memory.
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStage {
   using T = typename Shape::T;
@@ -55,6 +57,25 @@ class SlabStage {
   // work: the item's; slot: its last.
   __device__ void run(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
                       int slot) const {
+    if constexpr (kIsPanels) {
+      panels(acc, item, work, slot);
+    } else {
+      rows(acc, work, slot);
+    }
+  }
+
+  // There are no more items.
+  __device__ void finish() const {
+    if constexpr (kIsPanels) {
+      Buffers::wait_until_free(group_);
+      tell(kNoItem, 0);
+      arrive(0);
+    }
+  }
+
+ private:
+  __device__ void panels(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
+                         int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) return;
@@ -70,14 +91,6 @@ class SlabStage {
     }
   }
 
-  // There are no more items.
-  __device__ void finish() const {
-    Buffers::wait_until_free(group_);
-    tell(kNoItem, 0);
-    arrive(0);
-  }
-
- private:
   // The warp that stores, whose results come.
   __device__ void tell(int item, int slot) const {
     if (threadIdx.x % kGroupThreads == 0) {
@@ -89,6 +102,63 @@ class SlabStage {
   __device__ void arrive(int pass) const {
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.staged(group_, pass));
+  }
+
+  // The passes that fit are staged before the first is stored: the registers of their sums are then
+  // free for many loads and stores at a time.
+  __device__ void rows(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) const {
+    constexpr int kFirst = Buffers::kLends ? Buffers::kMaxPasses - 1 : 1;
+    look_up_rows(work);
+#pragma unroll
+    for (int pass = 0; pass < kFirst; ++pass) {
+      if (pass * Passes::kRows >= work.count()) break;
+      if (pass == 1) Buffers::wait_for_others(work.num_slabs());
+      stage(acc, pass, buffers_.results(group_, pass, slot));
+    }
+    ptx::make_visible_to_copies();  // those that fill the slot again
+    Buffers::sync_group(group_);
+#pragma unroll
+    for (int pass = 0; pass < kFirst; ++pass) store_rows(work, pass, slot);
+    if constexpr (Buffers::kLends) buffers_.release(slot);
+#pragma unroll
+    for (int pass = kFirst; pass < Passes::kCount; ++pass) {
+      if (pass * Passes::kRows >= work.count()) break;
+      Buffers::sync_group(group_);  // all have read what lay there
+      stage(acc, pass, buffers_.results(group_, pass, slot));
+      Buffers::sync_group(group_);
+      store_rows(work, pass, slot);
+    }
+    Buffers::sync_group(group_);
+  }
+
+  // Of each token of the tile, the row of the result: together, and before they are needed.
+  __device__ void look_up_rows(const SlabWork& work) const {
+    for (int i = threadIdx.x % kGroupThreads; i < work.count(); i += kGroupThreads) {
+      const int place = work.first + i;
+      const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
+      ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
+    }
+  }
+
+  // Rows [pairs, m]: sixteen threads store 128 columns of one, 16 bytes each.
+  __device__ void store_rows(const SlabWork& work, int pass, int slot) const {
+    const Layout& layout = args_.layout;
+    constexpr int kRowThreads = Passes::kPanels * kPanelChunks;
+    const int thread = threadIdx.x % kGroupThreads, chunk = thread % kPanelChunks;
+    const int panel = thread / kPanelChunks % Passes::kPanels, slab = work.first_slab() + group_;
+    const int column = layout.interleaved ? panel * (layout.rows / 2) + slab * kPanelCols
+                                          : (slab * Passes::kPanels + panel) * kPanelCols;
+    T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
+    const std::uint32_t results = buffers_.results(group_, pass, slot);
+    const int first = pass * Passes::kRows;
+#pragma unroll(Buffers::kLends ? 3 : 1)
+    for (int i = 0; i < Passes::kRows; i += kGroupThreads / kRowThreads) {
+      const int row = i + thread / kRowThreads;
+      if (first + row >= work.count()) break;
+      const std::uint64_t to = ptx::load_shared_word(buffers_.numbers(group_) + (first + row) * 4);
+      *reinterpret_cast<uint4*>(out + to * static_cast<std::uint32_t>(layout.rows)) =
+          ptx::load_shared(Passes::at(results, panel, row, chunk * kChunkCols));
+    }
   }
 
   struct Two {
@@ -180,12 +250,11 @@ class SlabStage {
   int group_, warp_, g_;
 };
 
-// By one warp for each warpgroup: from there to global memory, while the next item is multiplied.
+// By one warp for each warpgroup: its panels to global memory, while the next item is multiplied.
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStore {
-  using T = typename Shape::T;
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
-  static constexpr bool kIsPanels = Passes::kIsPanels;
+  static_assert(Passes::kIsPanels, "");
 
  public:
   __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)
@@ -208,8 +277,7 @@ class SlabStore {
   __device__ bool has(int pass) const { return pass * Passes::kRows < work_.count(); }
 
   __device__ void store_item() {
-    if constexpr (!kIsPanels) look_up_rows();
-    if constexpr (kIsPanels && Buffers::kLends) {
+    if constexpr (Buffers::kLends) {
       // Copies go on: when at most the second one is left, the first one's pass has been read.
       store(0);
       if (has(1)) {
@@ -228,12 +296,10 @@ class SlabStore {
         Buffers::set_free(group_);
       }
     } else {
-#pragma unroll 1  // registers are few
       for (int pass = 0; has(pass); ++pass) {
         store(pass);
         wait_for_reads<0>();
-        if (!Buffers::is_lent(pass)) Buffers::set_free(group_);
-        if (Buffers::kLends && (pass == 2 || pass < 2 && !has(pass + 1))) buffers_.give_back(slot_);
+        Buffers::set_free(group_);
       }
     }
   }
@@ -245,64 +311,27 @@ class SlabStore {
 
   __device__ void store(int pass) {
     if (pass > 0) wait_until_staged(pass);
-    const std::uint32_t results = buffers_.results(group_, pass, slot_);
+    if (!is_leader()) return;
     const int first = pass * Passes::kRows, count = min(Passes::kRows, work_.count() - first);
-    if constexpr (kIsPanels) {
-      if (lane() == 0) store_panels(results, first, count);
-    } else {
-      store_rows(results, first, count);
-    }
-  }
-
-  template <int kPending>
-  __device__ void wait_for_reads() const {
-    if constexpr (kIsPanels) {
-      if (lane() == 0) ptx::wait_for_stores<kPending>();
-    }
-  }
-
-  __device__ void store_panels(std::uint32_t results, int first, int count) const {
-    const int bytes = ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes;
+    const std::uint32_t results = buffers_.results(group_, pass, slot_);
+    const int slab = work_.first_slab() + group_;
 #pragma unroll
     for (int panel = 0; panel < Passes::kPanels; ++panel) {
       ptx::store_bulk(
           static_cast<std::uint8_t*>(args_.out) +
-              panel_offset(slab() * Passes::kPanels + panel, args_.places, work_.first + first),
-          Passes::at(results, panel, 0, 0), bytes);
+              panel_offset(slab * Passes::kPanels + panel, args_.places, work_.first + first),
+          Passes::at(results, panel, 0, 0),
+          ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes);
     }
     ptx::commit_stores();
   }
 
-  // Of each token of the tile, the row of the result: before they are needed.
-  __device__ void look_up_rows() const {
-    for (int i = lane(); i < work_.count(); i += kWarpThreads) {
-      const int place = work_.first + i;
-      const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
-      ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
-    }
-    __syncwarp();
+  template <int kPending>
+  __device__ void wait_for_reads() const {
+    if (is_leader()) ptx::wait_for_stores<kPending>();
   }
 
-  // Rows [pairs, m]: sixteen threads store 128 columns of one, 16 bytes each.
-  __device__ void store_rows(std::uint32_t results, int first, int count) const {
-    const Layout& layout = args_.layout;
-    constexpr int kRowThreads = Passes::kPanels * kPanelChunks;
-    const int thread = lane();
-    const int chunk = thread % kPanelChunks, panel = thread / kPanelChunks % Passes::kPanels;
-    const int column = layout.interleaved ? panel * (layout.rows / 2) + slab() * kPanelCols
-                                          : (slab() * Passes::kPanels + panel) * kPanelCols;
-    T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
-    const std::uint32_t numbers = buffers_.numbers(group_) + first * 4;
-#pragma unroll(Buffers::kLends ? 2 : 1)  // registers are few
-    for (int row = thread / kRowThreads; row < count; row += kWarpThreads / kRowThreads) {
-      const std::uint64_t to = ptx::load_shared_word(numbers + row * 4);
-      *reinterpret_cast<uint4*>(out + to * static_cast<std::uint32_t>(layout.rows)) =
-          ptx::load_shared(Passes::at(results, panel, row, chunk * kChunkCols));
-    }
-  }
-
-  __device__ static int lane() { return ptx::here(threadIdx.x % kWarpThreads); }
-  __device__ int slab() const { return work_.first_slab() + group_; }
+  __device__ static bool is_leader() { return threadIdx.x % kWarpThreads == 0; }
 
   const SsmmArgs& args_;
   const Buffers& buffers_;
