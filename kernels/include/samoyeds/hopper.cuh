@@ -59,6 +59,9 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
       skip_blocks(buffers, turn, blocks);
       continue;
     }
+    for_output<Shape>(args.output, [&](auto passes) {
+      SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).prepare(work);
+    });
     const Turns turns(group, work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
     acc.clear();

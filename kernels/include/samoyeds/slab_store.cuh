@@ -54,6 +54,18 @@ class SlabStage {
         warp_(threadIdx.x / kWarpThreads % kGroupWarps),
         g_(threadIdx.x % kWarpThreads / 4) {}
 
+  // Ahead of an item, what will be needed of it. Rows: of each token of the tile the row of the
+  // result, together.
+  __device__ void prepare(const SlabWork& work) const {
+    if constexpr (!kIsPanels) {
+      for (int i = threadIdx.x % kGroupThreads; i < work.count(); i += kGroupThreads) {
+        const int place = work.first + i;
+        const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
+        ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
+      }
+    }
+  }
+
   // work: the item's; slot: its last.
   __device__ void run(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
                       int slot) const {
@@ -108,7 +120,6 @@ class SlabStage {
   // free for many loads and stores at a time.
   __device__ void rows(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) const {
     constexpr int kFirst = Buffers::kLends ? Buffers::kMaxPasses - 1 : 1;
-    look_up_rows(work);
 #pragma unroll
     for (int pass = 0; pass < kFirst; ++pass) {
       if (pass * Passes::kRows >= work.count()) break;
@@ -117,7 +128,7 @@ class SlabStage {
     }
     ptx::make_visible_to_copies();  // those that fill the slot again
     Buffers::sync_group(group_);
-#pragma unroll
+#pragma unroll 1
     for (int pass = 0; pass < kFirst; ++pass) store_rows(work, pass, slot);
     if constexpr (Buffers::kLends) buffers_.release(slot);
 #pragma unroll
@@ -131,33 +142,39 @@ class SlabStage {
     Buffers::sync_group(group_);
   }
 
-  // Of each token of the tile, the row of the result: together, and before they are needed.
-  __device__ void look_up_rows(const SlabWork& work) const {
-    for (int i = threadIdx.x % kGroupThreads; i < work.count(); i += kGroupThreads) {
-      const int place = work.first + i;
-      const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
-      ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
-    }
-  }
-
   // Rows [pairs, m]: sixteen threads store 128 columns of one, 16 bytes each.
   __device__ void store_rows(const SlabWork& work, int pass, int slot) const {
     const Layout& layout = args_.layout;
     constexpr int kRowThreads = Passes::kPanels * kPanelChunks;
-    const int thread = threadIdx.x % kGroupThreads, chunk = thread % kPanelChunks;
+    // NOTE: computed earlier, it would leave too few registers for stores of 16 bytes.
+    const int thread = ptx::here(threadIdx.x % kGroupThreads), chunk = thread % kPanelChunks;
     const int panel = thread / kPanelChunks % Passes::kPanels, slab = work.first_slab() + group_;
     const int column = layout.interleaved ? panel * (layout.rows / 2) + slab * kPanelCols
                                           : (slab * Passes::kPanels + panel) * kPanelCols;
     T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
     const std::uint32_t results = buffers_.results(group_, pass, slot);
     const int first = pass * Passes::kRows;
-#pragma unroll(Buffers::kLends ? 3 : 1)
-    for (int i = 0; i < Passes::kRows; i += kGroupThreads / kRowThreads) {
-      const int row = i + thread / kRowThreads;
-      if (first + row >= work.count()) break;
-      const std::uint64_t to = ptx::load_shared_word(buffers_.numbers(group_) + (first + row) * 4);
-      *reinterpret_cast<uint4*>(out + to * static_cast<std::uint32_t>(layout.rows)) =
-          ptx::load_shared(Passes::at(results, panel, row, chunk * kChunkCols));
+    constexpr int kStep = kGroupThreads / kRowThreads, kAtOnce = Buffers::kLends ? 2 : 1;
+    static_assert(Passes::kRows % (kAtOnce * kStep) == 0, "no rest");
+#pragma unroll 1
+    for (int row = thread / kRowThreads; row < Passes::kRows; row += kAtOnce * kStep) {
+      std::uint64_t to[kAtOnce];
+      uint4 columns[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        to[i] = ptx::load_shared_word(buffers_.numbers(group_) + (first + row + i * kStep) * 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        columns[i] =
+            ptx::load_shared(Passes::at(results, panel, row + i * kStep, chunk * kChunkCols));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + row + i * kStep >= work.count()) continue;
+        *reinterpret_cast<uint4*>(out + to[i] * static_cast<std::uint32_t>(layout.rows)) =
+            columns[i];
+      }
     }
   }
 
