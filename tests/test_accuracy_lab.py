@@ -444,7 +444,7 @@ def test_a_row_names_the_learning_rate_that_was_used(call: Callable, tmp_path: P
     chosen = "--patterns 2:4 --methods best --ideas none --recoveries distill --paths masked"
     _, rows = call(tmp_path / "results.csv", f"{chosen} --distill-lr 0.5")
     (found,) = (row["distill"] for row in rows if row["recovery"] == "distill")
-    assert re.match(r"\d x 2, lr 0\.5 -> 0\.(125|03125), experts, hidden states x 10", found), found
+    assert re.match(r"\d x 2, lr 0\.5 -> 0\.(125|03125), all, hidden states x 30", found), found
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_exports_are_the_headers_functions(library: Path) -> None:
 def test_library_loads_without_gpu(library: Path) -> None:
     found = KernelLibrary(library)
     assert re.fullmatch(r"compute_90, CUDA \d+\.\d+\.\d+", found.build_info)
-    assert found.layout == "m16k128.v2"
+    assert found.layout == "m16k128.v3"
     assert found.heuristics.count("\n") > 3
     weight = Weight(num_experts=2, rows=64, cols=128, n=1, m=2, v=32)
     num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(weight))
