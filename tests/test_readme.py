@@ -114,7 +114,7 @@ def test_paths_exist() -> None:
 
 def test_options_and_variables_exist(capsys: pytest.CaptureFixture[str]) -> None:
     options = {option for text in INLINE for option in re.findall(r"(?<!\S)--[a-z-]+", text)}
-    for command in ("plan", "convert", "check", "export-dense", "eval", "demo", "env"):
+    for command in ("plan", "convert", "recover", "check", "export-dense", "eval", "demo", "env"):
         with pytest.raises(SystemExit):
             cli.app([command, "--help"])
         options -= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

@@ -1,6 +1,6 @@
 // The Hopper kernel, registers to global memory: the gate, panels or rows. Panels: the warps that
 // multiply write to shared memory and go on, a warp for each warpgroup copies from there. Rows are
-// more work than one warp gets done while a slot is lent (products took 5 to 13 % longer), so those
+// more work than one warp gets done while a slot is lent (products took 6 to 13 % longer), so those
 // that multiply store them.
 #pragma once
 
