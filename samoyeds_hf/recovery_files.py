@@ -28,7 +28,7 @@ from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
 from samoyeds_hf.pruning.distill_settings import NOT_KEPT, DistillReport, DistillSettings
 from samoyeds_hf.report import PatchReport, WeightReport
-from samoyeds_hf.report_files import read_report
+from samoyeds_hf.report_files import read_distillation, read_report
 from samoyeds_hf.shards import ShardSpec, ShardWriter, TensorSpec, disk_errors, write_text
 from samoyeds_hf.skeleton import read_config
 from samoyeds_hf.stored import INDEX_FILE, StoredTensor, checkpoint_files, read_checkpoint
@@ -278,5 +278,4 @@ def _write_card(
 
 def read_result(directory: Path) -> DistillReport:
     """What the report of a distilled checkpoint says about the training."""
-    content = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-    return DistillReport(**content[DISTILLATION_KEY]["result"])
+    return DistillReport(**read_distillation(directory)["result"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-from samoyeds_hf.directory import REPORT_FILE
+from samoyeds_hf.directory import DISTILLATION_KEY, REPORT_FILE
 from samoyeds_hf.errors import CheckpointError, SamoyedsError
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.shards import write_text
@@ -69,6 +69,17 @@ def read_report(directory: str | Path) -> PatchReport:
             f"{path} must be a report as the conversion wrote it, found something else "
             f"({type(error).__name__}: {error}); take the file from the checkpoint again."
         ) from error
+
+
+def read_distillation(directory: str | Path) -> dict[str, Any]:
+    """What the report of a sparse checkpoint says of its distillation; empty: nothing.
+
+    Raises:
+        CheckpointError: as :func:`read_report`.
+    """
+    read_report(directory)  # says what is wrong with it
+    content = json.loads((Path(directory) / REPORT_FILE).read_text(encoding="utf-8"))
+    return dict(content.get(DISTILLATION_KEY, {}))
 
 
 def write_json(report: PatchReport, path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,14 @@ import torch
 from tqdm import tqdm
 
 from samoyeds_hf.config import QUANT_METHOD, SamoyedsConfig
-from samoyeds_hf.directory import (
-    DISTILLATION_KEY,
-    REPORT_FILE,
-    copy_companions,
-    growing_directory,
-)
+from samoyeds_hf.directory import REPORT_FILE, copy_companions, growing_directory
 from samoyeds_hf.errors import CheckpointError, UnsupportedModelError
 from samoyeds_hf.experts import build_sparse
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, validate
 from samoyeds_hf.metrics import relative, squared_error
 from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.report import format_table
+from samoyeds_hf.report_files import read_distillation
 from samoyeds_hf.selection import select
 from samoyeds_hf.shards import ShardWriter, TensorSpec, disk_errors, plan_shards, write_index
 from samoyeds_hf.skeleton import load_config, meta_model, read_config
@@ -98,7 +93,7 @@ class CheckReport:
     rows: tuple[tuple[str, str, str, float | None], ...]  # name, shape, pattern, error
     num_copied: int
     changed: tuple[str, ...]  # tensors that should equal the source's and do not
-    trained: int = 0  # others that do not, as distillation trained all weights
+    trained: int = 0  # how many others do not, as distillation trained all weights
 
     def __str__(self) -> str:
         head: tuple[str, ...] = ("weight", "dense shape", "pattern")
@@ -126,7 +121,8 @@ def check_checkpoint(
 
     Raises:
         FormatError: names the tensor, the place and the value that breaks the format.
-        CheckpointError: incomplete or damaged, or the source is of another model.
+        CheckpointError: incomplete or damaged, its report among it, or the source is of another
+            model.
     """
     checkpoint = SparseCheckpoint.open(directory)
     source = None if against is None else _open_source(Path(against), checkpoint.model)
@@ -152,18 +148,19 @@ def check_checkpoint(
             original = source[name].load(checkpoint.model)[name].to(tensor.dtype)
             if not torch.equal(_bits(original), _bits(tensor)):
                 changed.append(name)
-    if _is_trained_whole(checkpoint.directory):
-        return CheckReport(str(directory), tuple(rows), num_copied, (), len(changed))
-    return CheckReport(str(directory), tuple(rows), num_copied, tuple(changed))
+    trained = _trained(checkpoint).intersection(changed)
+    changed = [name for name in changed if name not in trained]
+    return CheckReport(str(directory), tuple(rows), num_copied, tuple(changed), len(trained))
 
 
-def _is_trained_whole(directory: Path) -> bool:
-    """Whether its report says that distillation trained what is not sparse, too."""
-    report = directory / REPORT_FILE
-    if not report.is_file():
-        return False
-    said = json.loads(report.read_text(encoding="utf-8")).get(DISTILLATION_KEY, {})
-    return bool(said.get("settings", {}).get("train") == "all")
+def _trained(checkpoint: SparseCheckpoint) -> set[str]:
+    """What distillation may have trained beside the sparse weights: parameters, never buffers."""
+    if not (checkpoint.directory / REPORT_FILE).is_file():  # written by save_pretrained
+        return set()
+    settings = read_distillation(checkpoint.directory).get("settings", {})
+    if settings.get("train") != "all":
+        return set()
+    return {name for name, _ in checkpoint.model.named_parameters(remove_duplicate=False)}
 
 
 def export_dense(

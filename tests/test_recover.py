@@ -376,6 +376,29 @@ def test_training_all_weights(tmp_path: Path, stored_twice: bool) -> None:
     assert report.changed == ()
     assert report.trained > 0
     assert f"{report.trained} of them trained" in str(report)
+    (out / "samoyeds_report.json").write_text("{")
+    refused(
+        CheckpointError,
+        "samoyeds_report.json",
+        call=lambda: check_checkpoint(out, case.dense, progress=False),
+    )
+
+
+def test_training_all_weights_leaves_buffers(tmp_path: Path) -> None:
+    """A buffer that differs from the source is damage, whatever was trained."""
+    case = Case(tmp_path, BY_NAME["deepseek_v3"])
+    out = case.recover(settings=DistillSettings(steps=4, batch_size=4, held_back=0.0))
+    assert check_checkpoint(out, case.dense, progress=False).changed == ()
+    file = next(f for f in out.glob("*.safetensors") if any(map(is_bias, load_file(f))))
+    held = load_file(file)
+    (name, *_) = filter(is_bias, held)
+    held[name] += 1
+    save_file(held, file, metadata={"format": "pt"})
+    assert check_checkpoint(out, case.dense, progress=False).changed == (name,)
+
+
+def is_bias(name: str) -> bool:
+    return name.endswith("e_score_correction_bias")
 
 
 def store_head(directory: Path) -> None:

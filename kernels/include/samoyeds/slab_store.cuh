@@ -271,7 +271,7 @@ class SlabStage {
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStore {
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
-  static_assert(Passes::kIsPanels, "");
+  static_assert(Passes::kIsPanels, "rows are stored by SlabStage");
 
  public:
   __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)
