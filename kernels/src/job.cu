@@ -17,10 +17,13 @@ Error check_mlp(const SamoyedsWeight& up, const SamoyedsWeight& down) {
                  std::to_string(down.cols) + "]");
 }
 
+// A buffer begins with a line of the L2. Bulk copies that begin 16 bytes behind one read 29 % more
+// from there, and layers at T = 4096 took up to 1.4 times as long.
 void lay_out_workspace(Job& job) {
+  constexpr std::int64_t kLineBytes = 128;
   const auto take = [&job](std::int64_t bytes) {
     const std::int64_t offset = job.total;
-    job.total += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    job.total += (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
     return offset;
   };
   const auto take_tiles = [&](Tiling tiling) {

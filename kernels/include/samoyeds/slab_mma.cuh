@@ -78,8 +78,9 @@ class Turns {
   // is_shared: both warpgroups multiply. One alone has barriers of its own, so that no branch comes
   // between matrix instructions.
   __device__ Turns(int group, bool is_shared)
-      : packed_(is_shared ? 2 << 16 | (kBarrier + 1 - group) << 8 | (kBarrier + group)
-                          : 1 << 16 | (kBarrier + 4 + group) << 8 | (kBarrier + 2 + group)) {}
+      : own_(kBarrier + group + (is_shared ? 0 : 2)),
+        next_(is_shared ? kBarrier + 1 - group : kBarrier + 4 + group),
+        threads_((is_shared ? 2 : 1) * kGroupThreads) {}
 
   // Once, before any turn: the first is group 0's.
   __device__ static void start(int group) {
@@ -89,13 +90,11 @@ class Turns {
   __device__ static void finish(int group) {
     if (group == 0) ptx::sync_some(kBarrier, 2 * kGroupThreads);
   }
-  __device__ __forceinline__ void begin() const { ptx::sync_some(packed_ & 255, threads()); }
-  __device__ __forceinline__ void end() const { ptx::arrive_some(packed_ >> 8 & 255, threads()); }
+  __device__ __forceinline__ void begin() const { ptx::sync_some(own_, threads_); }
+  __device__ __forceinline__ void end() const { ptx::arrive_some(next_, threads_); }
 
  private:
-  __device__ int threads() const { return (packed_ >> 16) * kGroupThreads; }
-
-  int packed_;  // warpgroups << 16 | the next one's barrier << 8 | this one's; registers are few
+  int own_, next_, threads_;
 };
 
 // All of k for one slab, with the first kLive tokens of the tile. Weights that come next are on
