@@ -677,7 +677,9 @@ def test_a_damaged_sparse_checkpoint(tmp_path: Path, name: str, what: str) -> No
 def test_on_a_gpu(tmp_path: Path, name: str) -> None:
     """In bf16, with fp32 masters; few tokens, so that some experts get none."""
     case = Case(tmp_path, BY_NAME[name])
-    settings = DistillSettings(steps=30, batch_size=2, learning_rate=3e-4)
+    settings = DistillSettings(
+        steps=30, batch_size=2, learning_rate=3e-4, hidden_weight=1.0, train="experts"
+    )
     out = case.recover(settings=settings, device="cuda")
     result = json.loads((out / "samoyeds_report.json").read_text())["distillation"]["result"]
     assert result["last"] < result["first"]
