@@ -677,8 +677,9 @@ def test_a_damaged_sparse_checkpoint(tmp_path: Path, name: str, what: str) -> No
 def test_on_a_gpu(tmp_path: Path, name: str) -> None:
     """In bf16, with fp32 masters; few tokens, so that some experts get none."""
     case = Case(tmp_path, BY_NAME[name])
+    # Nothing is held back: of so short a text it would say that the rate is too high.
     settings = DistillSettings(
-        steps=30, batch_size=2, learning_rate=3e-4, hidden_weight=1.0, train="experts"
+        steps=30, batch_size=2, learning_rate=3e-4, train="experts", held_back=0.0
     )
     out = case.recover(settings=settings, device="cuda")
     result = json.loads((out / "samoyeds_report.json").read_text())["distillation"]["result"]

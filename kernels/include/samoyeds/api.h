@@ -13,7 +13,8 @@
 //
 // Symbols: T tokens, K choices a token (top-k), E experts here, m x k a dense weight, of an MLP
 // gate_up [E, 2I, H] and down [E, H, I]. A pair is one (token, choice): number t*K + j.
-// All device pointers are 16-byte aligned, and all tensors contiguous.
+// All device pointers are 16-byte aligned, and all tensors contiguous. A workspace at a multiple of
+// 128 is fastest: lines of the L2 begin there.
 // Limits, checked: K <= 1024, T*K <= 2^28, E <= 65535, m and k <= 2^20, M <= 16; k and V as the
 // format says (k a multiple of 8 and V, V of 4). T = 0 is no error.
 #pragma once
