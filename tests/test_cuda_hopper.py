@@ -197,6 +197,9 @@ def test_sizes_of_a_layer(reason: str, text: str, dtype: torch.dtype, seed: int)
 @pytest.mark.parametrize(
     "shape",
     [
+        # the most pairs that routing counts as it places them, and one more
+        Shape(4096, 61, 1, hidden=128, inner=128, routing="sentinels"),
+        Shape(4097, 61, 1, hidden=128, inner=128, routing="sentinels"),
         # many rounds of every thread block
         Shape(16384, 8, 8, hidden=256, inner=128, up="1:2:128", down="1:2:128"),
         Shape(4096, 256, 8, hidden=128, inner=128, up="1:2:64", routing="distinct"),

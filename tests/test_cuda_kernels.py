@@ -128,6 +128,9 @@ NASTY = {
     "only the first and last expert": Shape(129, experts=64, top_k=2, routing="few"),
     "nobody's": Shape(20, routing="nobody"),
     "sentinels of expert parallel": Shape(200, experts=3, top_k=4, routing="sentinels"),
+    "pairs counted by a kernel of their own, sentinels": Shape(
+        1400, experts=61, top_k=3, routing="sentinels"
+    ),
     "256 experts, 8 choices": Shape(
         300, experts=256, top_k=8, hidden=64, inner=64, routing="distinct"
     ),

@@ -145,8 +145,13 @@ int samoyeds_route(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,
   if (const Error error = check_pointer(num_tiles, "num_tiles")) return report(error);
   if (const Error error = check_pointer(tiles, "tiles")) return report(error);
   const Stream stream = stream_of(guard, *launch);
-  return report(route(stream, routing->top_k_index,
-                      static_cast<int>(routing->num_tokens * routing->top_k),
-                      static_cast<int>(num_experts), {static_cast<int>(tile_tokens)}, pairs,
-                      nullptr, reinterpret_cast<Tile*>(tiles), num_tiles));
+  Route args{};
+  args.top_k_index = routing->top_k_index;
+  args.num_pairs = static_cast<int>(routing->num_tokens * routing->top_k);
+  args.num_experts = static_cast<int>(num_experts);
+  args.tiling = {static_cast<int>(tile_tokens)};
+  args.pairs = pairs;
+  args.tiles = reinterpret_cast<Tile*>(tiles);
+  args.num_tiles = num_tiles;
+  return report(route(stream, args));
 }

@@ -31,6 +31,8 @@ void lay_out_workspace(Job& job) {
                 static_cast<std::int64_t>(sizeof(Tile)));
   };
   job.counts = take(2 * sizeof(int));
+  job.run_counts =
+      take(num_run_counts(job.num_pairs, job.num_experts) * static_cast<std::int64_t>(sizeof(int)));
   job.max_places = job.is_hopper ? max_places(job.num_pairs, job.num_experts) : job.num_pairs;
   job.pairs = take(job.max_places * static_cast<std::int64_t>(sizeof(int)));
   if (job.is_hopper) {

@@ -74,10 +74,18 @@ class Runner {
   Error route(bool for_down) {
     const Layout& layout = for_down ? job_.down_layout : job_.up_layout;
     const SamoyedsPlan& plan = for_down ? job_.down_plan : job_.up_plan;
+    Route args{};
+    args.top_k_index = job_.routing->top_k_index;
+    args.num_pairs = static_cast<int>(job_.num_pairs);
+    args.num_experts = static_cast<int>(job_.num_experts);
+    args.tiling = tiling_of(layout, plan);
+    args.run_counts = reinterpret_cast<int*>(at(job_.run_counts));
+    args.pairs = pairs();
+    args.places = places();
+    args.tiles = tiles(for_down);
+    args.num_tiles = num_tiles(for_down);
     stream_.overlaps = false;
-    return samoyeds::route(stream_, job_.routing->top_k_index, static_cast<int>(job_.num_pairs),
-                           static_cast<int>(job_.num_experts), tiling_of(layout, plan), pairs(),
-                           places(), tiles(for_down), num_tiles(for_down));
+    return samoyeds::route(stream_, args);
   }
 
   // Rows of the first product's x to panels.

@@ -2,8 +2,9 @@
 //
 // Each thread block owns a run of pairs, each of its warps a part of that with a histogram of its
 // own, so that places follow from prefix sums alone and equal inputs give equal lists. Pairs of the
-// other blocks' runs each block counts for itself: reading all choices from the L2 costs less than
-// a second kernel and needs no memory.
+// other blocks' runs each block counts for itself while they are few: reading all choices from the
+// L2 then costs less than a second kernel. Many are counted by a kernel before, a run for each of
+// its blocks.
 #include <algorithm>
 
 #include "samoyeds/launch.hpp"
@@ -17,24 +18,14 @@ constexpr int kMaxRouteWarps = 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kAhead = 8;       // loads in flight a lane
 constexpr int kRunPairs = 256;  // of a thread block, unless there are more than ...
-constexpr int kMaxRouteBlocks = 64;
-constexpr int kRouteArrays = 5;  // [E] in shared memory, beside a histogram for each warp
-
-struct RouteArgs {
-  const std::int64_t* top_k_index;
-  int num_pairs, num_experts;
-  Tiling tiling;
-  int* pairs;
-  int* places;  // or null
-  int max_places;
-  Tile* tiles;
-  int* num_tiles;
-};
+constexpr int kMaxRouteBlocks = 128;
+constexpr int kManyPairs = 4096;  // more are counted by a kernel of their own
+constexpr int kRouteArrays = 5;   // [E] in shared memory, beside a histogram for each warp
 
 // Calls visit(pair, expert) for the pairs begin .. end - 1, in order, `step` threads at a time;
 // expert -1: none here. Threads beyond the end are called with -1 too, so that a warp stays whole.
 template <typename Visit>
-__device__ void for_each_pair(const RouteArgs& args, int begin, int end, int step, Visit&& visit) {
+__device__ void for_each_pair(const Route& args, int begin, int end, int step, Visit&& visit) {
   for (int base = begin; base < end; base += kAhead * step) {
     const int own = base + threadIdx.x % step;
     int expert[kAhead];
@@ -69,7 +60,7 @@ __device__ int prefix_sums(int num_experts, Value&& value, Store&& store) {
 }
 
 // Adds the pairs begin .. end - 1 to counts[E], by all threads of the block.
-__device__ void count_pairs(const RouteArgs& args, int begin, int end, int* counts) {
+__device__ void count_pairs(const Route& args, int begin, int end, int* counts) {
   for_each_pair(args, begin, end, blockDim.x, [&](int, int expert) {
     // Many pairs of one expert would wait for each other: a warp that agrees adds once.
     int agree;
@@ -83,7 +74,43 @@ __device__ void count_pairs(const RouteArgs& args, int begin, int end, int* coun
   });
 }
 
-__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(RouteArgs args) {
+// The pairs that a thread block of both kernels owns.
+struct Run {
+  int begin, end;
+};
+
+__device__ Run own_run(const Route& args) {
+  const int run = ceil_div(args.num_pairs, static_cast<int>(gridDim.x));
+  const int begin = min(blockIdx.x * run, args.num_pairs);
+  return {begin, min(begin + run, args.num_pairs)};
+}
+
+__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) count_runs_kernel(Route args) {
+  ptx::let_next_kernel_start();
+  extern __shared__ int counts[];  // [E]
+  for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) counts[e] = 0;
+  __syncthreads();
+  const Run run = own_run(args);
+  count_pairs(args, run.begin, run.end, counts);
+  __syncthreads();
+  for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) {
+    args.run_counts[blockIdx.x * args.num_experts + e] = counts[e];
+  }
+}
+
+// Adds what count_runs_kernel has counted, of the runs before this block's and of those after it.
+__device__ void add_run_counts(const Route& args, int* before, int* after) {
+  const int lane = threadIdx.x % kWarpThreads, num_warps = blockDim.x / kWarpThreads;
+  for (int run = threadIdx.x / kWarpThreads; run < gridDim.x; run += num_warps) {
+    if (run == blockIdx.x) continue;
+    int* sums = run < blockIdx.x ? before : after;
+    const int* counts = args.run_counts + run * args.num_experts;
+    for (int e = lane; e < args.num_experts; e += kWarpThreads) atomicAdd(&sums[e], counts[e]);
+  }
+}
+
+__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(Route args) {
+  ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   // [warps][E] counts of this block's run, then [E] each: pairs of the runs before it and after it,
   // all pairs, first pair, first tile.
@@ -99,16 +126,16 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
 
   for (int i = threadIdx.x; i < (num_warps + 2) * num_experts; i += blockDim.x) counts[i] = 0;
   __syncthreads();
-  const int run = ceil_div(args.num_pairs, static_cast<int>(gridDim.x));
-  const int run_begin = min(blockIdx.x * run, args.num_pairs);
-  const int run_end = min(run_begin + run, args.num_pairs);
-  if (gridDim.x > 1) {
-    count_pairs(args, 0, run_begin, before);
-    count_pairs(args, run_end, args.num_pairs, after);
+  const Run run = own_run(args);
+  if (args.run_counts) {
+    add_run_counts(args, before, after);
+  } else if (gridDim.x > 1) {
+    count_pairs(args, 0, run.begin, before);
+    count_pairs(args, run.end, args.num_pairs, after);
   }
-  const int part = ceil_div(run, static_cast<int>(blockDim.x)) * kWarpThreads;
-  const int part_begin = min(run_begin + warp * part, run_end);
-  const int part_end = min(part_begin + part, run_end);
+  const int part = ceil_div(run.end - run.begin, static_cast<int>(blockDim.x)) * kWarpThreads;
+  const int part_begin = min(run.begin + warp * part, run.end);
+  const int part_end = min(part_begin + part, run.end);
   for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int, int expert) {
     const unsigned same = __match_any_sync(kAll, expert);
     if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
@@ -186,9 +213,21 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
   });
 }
 
+int num_runs(std::int64_t num_pairs) {
+  const std::int64_t runs = (num_pairs + kRunPairs - 1) / kRunPairs;
+  return static_cast<int>(std::clamp<std::int64_t>(runs, 1, kMaxRouteBlocks));
+}
+
 }  // namespace
 
-std::vector<const void*> route_kernels() { return {reinterpret_cast<const void*>(&route_kernel)}; }
+std::vector<const void*> route_kernels() {
+  return {reinterpret_cast<const void*>(&count_runs_kernel),
+          reinterpret_cast<const void*>(&route_kernel)};
+}
+
+std::int64_t num_run_counts(std::int64_t num_pairs, std::int64_t num_experts) {
+  return num_pairs > kManyPairs ? num_runs(num_pairs) * num_experts : 0;
+}
 
 std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling) {
   // Each expert that is hit has at most one tile more than it could fill.
@@ -199,20 +238,19 @@ std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts) {
   return num_pairs + std::min(num_pairs, num_experts) * (kPlaceAlign - 1);
 }
 
-Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            Tiling tiling, int* pairs, int* places, Tile* tiles, int* num_tiles) {
+Error route(Stream stream, Route args) {
   // A thread for each pair and for each expert, as far as they go; two warps at least, as one sums
   // pairs and one tiles.
-  const int wanted = ceil_div(num_pairs > num_experts ? num_pairs : num_experts, kWarpThreads);
-  const int num_warps = wanted < 2 ? 2 : wanted > kMaxRouteWarps ? kMaxRouteWarps : wanted;
-  const int runs = ceil_div(num_pairs, kRunPairs);
-  const int num_blocks = runs < 1 ? 1 : runs > kMaxRouteBlocks ? kMaxRouteBlocks : runs;
+  const int wanted =
+      ceil_div(args.num_pairs > args.num_experts ? args.num_pairs : args.num_experts, kWarpThreads);
+  const int num_warps = std::clamp(wanted, 2, kMaxRouteWarps);
+  const int num_threads = num_warps * kWarpThreads, num_blocks = num_runs(args.num_pairs);
   const int expert_bytes = (num_warps + kRouteArrays) * static_cast<int>(sizeof(int));
-  const int shared = expert_bytes * num_experts;
+  const int shared = expert_bytes * args.num_experts;
   if (shared > stream.device.block_shared_bytes) {
     return unsupported("routing needs at most " +
                        std::to_string(stream.device.block_shared_bytes / expert_bytes) +
-                       " experts on this GPU, found " + std::to_string(num_experts));
+                       " experts on this GPU, found " + std::to_string(args.num_experts));
   }
   if (shared > 48 * 1024) {
     // Always the same limit: another thread may be about to launch with more than `shared`.
@@ -223,10 +261,15 @@ Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs
       return e;
     }
   }
-  const int max = static_cast<int>(max_places(num_pairs, num_experts));
-  const RouteArgs args{top_k_index, num_pairs, num_experts, tiling,   pairs,
-                       places,      max,       tiles,       num_tiles};
-  return launch(stream, route_kernel, num_blocks, num_warps * kWarpThreads, shared, args);
+  args.max_places = static_cast<int>(max_places(args.num_pairs, args.num_experts));
+  if (num_run_counts(args.num_pairs, args.num_experts) == 0) args.run_counts = nullptr;
+  if (args.run_counts) {
+    // A thread block counts fewer experts than fit the kernel after it.
+    SAMOYEDS_RETURN_IF_ERROR(launch(stream, count_runs_kernel, num_blocks, num_threads,
+                                    args.num_experts * static_cast<int>(sizeof(int)), args));
+    stream.overlaps = true;
+  }
+  return launch(stream, route_kernel, num_blocks, num_threads, shared, args);
 }
 
 }  // namespace samoyeds

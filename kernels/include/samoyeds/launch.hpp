@@ -71,10 +71,19 @@ Error unpack(const Stream& stream, const Layout& layout, int num_experts,
 // whatever the router chooses.
 std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling);
 std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts);
-// places [pairs], or null: where each pair is in `pairs`, or kNoPlace; then `pairs` is
-// [max_places()], with kNoPair where there is none.
-Error route(const Stream& stream, const std::int64_t* top_k_index, int num_pairs, int num_experts,
-            Tiling tiling, int* pairs, int* places, Tile* tiles, int* num_tiles);
+struct Route {
+  const std::int64_t* top_k_index;  // [pairs]
+  int num_pairs, num_experts;
+  Tiling tiling;
+  int* run_counts;  // [num_run_counts()]; null: slower where pairs are many
+  int* pairs;       // [pairs]; with places [max_places()], kNoPair where there is none
+  int* places;      // [pairs]  where each pair is in `pairs`, or kNoPlace; or null
+  Tile* tiles;      // [max_tiles()]
+  int* num_tiles;   // [1]
+  int max_places;   // set by route()
+};
+std::int64_t num_run_counts(std::int64_t num_pairs, std::int64_t num_experts);
+Error route(Stream stream, Route args);
 // x [rows, columns] to panels: to each place the row of its pair, or zeros.
 struct Gather {
   const void* x;
