@@ -98,11 +98,11 @@ __global__ void combine_kernel(Combine args) {
 
 // The same from panels: a thread sums the 8 columns of a chunk, in several panels. Thread blocks
 // take neighbouring tokens, whose rows of one expert are neighbours too.
-constexpr int kPanelsAtOnce = 2, kPanelThreads = 1024;
+constexpr int kPanelsAtOnce = 2, kPanelThreads = 128, kPanelBlocks = 8;  // of an SM
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
-__global__ void __launch_bounds__(kPanelThreads, 1) combine_panels_kernel(Combine args) {
+__global__ void __launch_bounds__(kPanelThreads, kPanelBlocks) combine_panels_kernel(Combine args) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   const int chunk = threadIdx.x % kPanelChunks, first_panel = blockIdx.y * kPanelsAtOnce;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) combine_panels_kernel(Combin
     const int pair = token * args.top_k + first + chunk;
     const int own_place = first + chunk < args.top_k && is_token ? args.places[pair] : kNoPlace;
     const float own_weight = own_place == kNoPlace ? 0.f : routing_weight(args, pair);
-#pragma unroll 4
+#pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int place = __shfl_sync(kAllLanes, own_place, k, kAtOnce);
       const float weight = __shfl_sync(kAllLanes, own_weight, k, kAtOnce);
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) combine_panels_kernel(Combin
 #pragma unroll
       for (int i = 0; i < kPanelsAtOnce; ++i) {
         if (first_panel + i >= last_panel) continue;
-        const auto part = *reinterpret_cast<const Vector<T, kChunkCols>*>(from + i * stride);
+        Vector<T, kChunkCols> part;
+        *reinterpret_cast<uint4*>(&part) = ptx::load_once(from + i * stride);
 #pragma unroll
         for (int j = 0; j < kChunkCols; ++j) {
           total[i][j] = fmaf(weight, widen(part.at[j]), total[i][j]);

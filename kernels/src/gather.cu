@@ -6,9 +6,9 @@
 namespace samoyeds {
 namespace {
 
-constexpr int kGatherThreads = 1024;
+constexpr int kGatherThreads = 256;
 constexpr int kPlacesAtOnce = kGatherThreads / kPanelChunks;
-constexpr int kPanelsAtOnce = 4;
+constexpr int kPanelsAtOnce = 2;
 
 // Eight threads fill a place's row of a panel, 16 bytes each, and take kPanelsAtOnce panels. Thread
 // blocks that run at the same time take the same panels of different places: those columns of x

@@ -208,6 +208,15 @@ template <int kCount>
 __device__ __forceinline__ void give_registers() {}
 #endif
 
+// 16 bytes of global memory that this SM reads once: they take no room in its L1.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
 // Programmatic dependent launch: a kernel may start while its predecessor still runs ...
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
