@@ -136,9 +136,12 @@ def test_schedule_rises_and_falls(steps: int, warmup: float) -> None:
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
+    middles = [(step + 0.5) / steps for step in range(steps)]
+    falling = [(1 - middle) / (1 - warmup) for middle in middles]  # to zero at the end
+    rising = [middle / warmup if warmup else 1.0 for middle in middles]
+    assert rates == pytest.approx([min(pair) for pair in zip(rising, falling, strict=True)])
     if steps == 300:
         assert max(rates) > 0.99
-        assert rates[-1] < 0.001
         assert abs(top / steps - warmup) < 0.01
 
 

@@ -1,8 +1,9 @@
 """Distillation: a pruned model learns the logits of its dense original, its masks held.
 
 KL divergence to the teacher on every position of every sequence (Hinton et al. 2015, arXiv
-1503.02531); AdamW on fp32 masters of the surviving weights, linear warmup, then cosine. Each model
-computes in the dtype that it has: load both in bf16 for a GPU and in fp32 for a CPU.
+1503.02531); AdamW on fp32 masters of the surviving weights, linear warmup, then linear to
+zero. Each model computes in the dtype that it has: load both in bf16 for a GPU and in fp32 for a
+CPU.
 
 Bytes a weight, in bf16 with a share d kept: 2 for the teacher, 2 for the student and 20 d for what
 is trained (see :mod:`samoyeds_hf.pruning.masters`), so 9 at d = 1/4; what is frozen takes 4, what

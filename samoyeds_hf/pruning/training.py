@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -66,11 +65,11 @@ def check_tokens(tokens: torch.Tensor, vocabulary: int) -> None:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor of the peak learning rate at step 0..steps-1: linear warmup, then cosine to zero."""
+    """Factor of the peak learning rate at step 0..steps-1: linear warmup, then linear to zero."""
     progress = (step + 0.5) / steps
     if progress < warmup:
         return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return (1 - progress) / (1 - warmup)
 
 
 def pick(step: int, batch_size: int, count: int, seed: int) -> torch.Tensor:
