@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import refused
 from helpers import random_mask
+from plain_adam import PlainCautiousAdam
 from tiny_models import (
     BY_NAME,
     MIXTRAL,
@@ -233,24 +234,17 @@ def loop_distill(
     start: int = 0,
     stop: int | None = None,
 ) -> list[float]:
-    """The same with dense masters, a mask on each gradient and weight, and torch's own loss."""
+    """The same with dense masters, a mask on each gradient and step, and torch's own loss."""
     student.requires_grad_(False)
     everything = dict(student.named_parameters())
     names = everything if settings.train == "all" else masks
     weights = {name: everything[name].requires_grad_() for name in names}
     widest = max(w.shape[-1] for w in weights.values())
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [w],
-                "k": w.shape[-1] if w.ndim > 1 else widest,
-                "share": 1.0 if name in masks else 0.1,
-            }
-            for name, w in weights.items()
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0,
-    )
+    scales = {
+        name: (1.0 if name in masks else 0.1) * 1024 / (w.shape[-1] if w.ndim > 1 else widest)
+        for name, w in weights.items()
+    }
+    optimizer = PlainCautiousAdam(weights, masks)
     losses = []
     for step in range(start, stop or settings.steps):
         ids = text[pick(step, settings.batch_size, len(text), settings.seed)]
@@ -269,13 +263,7 @@ def loop_distill(
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         factor = schedule(step - start, settings.steps - start, settings.warmup)
         rate = settings.learning_rate * factor
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"] * 1024 / group["k"]
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for name in masks:
-                weights[name] *= masks[name]
+        optimizer.step({name: rate * scale for name, scale in scales.items()})
         losses.append(float(loss.detach()))
     return losses
 

@@ -1,7 +1,7 @@
 """Distillation: a pruned model learns the logits of its dense original, its masks held.
 
 KL divergence to the teacher on every position of every sequence (Hinton et al. 2015, arXiv
-1503.02531); AdamW on fp32 masters of the surviving weights, linear warmup, then linear to
+1503.02531); cautious Adam on fp32 masters of the surviving weights, linear warmup, then linear to
 zero. Each model computes in the dtype that it has: load both in bf16 for a GPU and in fp32 for a
 CPU.
 

@@ -1,9 +1,9 @@
 """Recovery of one decoder layer: its surviving expert weights learn the dense layer's output.
 
-Adam on fp32 masters of what the masks keep, towards given outputs, on given inputs: the layer alone
-runs, so it fits where pruning fits. Bytes a weight beside the layer's own: 20 times the share kept
-(see :mod:`samoyeds_hf.pruning.masters`) and 4 more for what was there before, and the dense
-gradient of one weight at a time.
+Cautious Adam on fp32 masters of what the masks keep, towards given outputs, on given inputs: the
+layer alone runs, so it fits where pruning fits. Bytes a weight beside the layer's own: 20 times the
+share kept (see :mod:`samoyeds_hf.pruning.masters`) and 4 more for what was there before, and the
+dense gradient of one weight at a time.
 """
 
 from __future__ import annotations
