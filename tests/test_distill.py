@@ -724,6 +724,25 @@ def test_a_state_of_other_code_is_refused(tmp_path: Path, key: str) -> None:
     )
 
 
+def test_a_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """As versions left it that said nothing of the optimizer, which was torch's."""
+    state = tmp_path / "run.pt"
+    assert run_until(state, 1)
+    student, teacher, masks = mixtral()
+    content = torch.load(state, weights_only=True)
+    del content["fingerprint"]["optimizer"]
+    torch.save(content, state)
+    refused(
+        CheckpointError,
+        "run.pt",
+        "found another optimizer",
+        "to the same version",
+        "--overwrite",
+        call=lambda: distill(student, teacher, TEXT, masks, FAST, state=state),
+        kept=tmp_path,
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
 def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
     state = tmp_path / "run.pt"

@@ -2,8 +2,7 @@
 
 KL divergence to the teacher on every position of every sequence (Hinton et al. 2015, arXiv
 1503.02531); cautious Adam on fp32 masters of the surviving weights, linear warmup, then linear to
-zero. Each model computes in the dtype that it has: load both in bf16 for a GPU and in fp32 for a
-CPU.
+zero. Each model computes in its own dtype: load both in bf16 for a GPU, in fp32 for a CPU.
 
 Bytes a weight, in bf16 with a share d kept: 2 for the teacher, 2 for the student and 20 d for what
 is trained (see :mod:`samoyeds_hf.pruning.masters`), so 9 at d = 1/4; what is frozen takes 4, what
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MAX_NORM = 1.0  # of a step's gradient
+# What make_optimizer and schedule are, so that no state that others left is gone on from.
+_OPTIMIZER = "cautious Adam, linear decay"
 _TRIAL = 0.25  # share of its steps after which a learning rate is checked
 _LOWER = 0.25  # factor of a learning rate that did harm
 _MOST = 4  # times that it is lowered
@@ -276,6 +277,7 @@ class _Run:
         """What the result depends on."""
         return {
             "settings": asdict(self.settings),
+            "optimizer": _OPTIMIZER,
             "tokens": digest({"tokens": self.tokens}),
             "student": digest(dict(self.student.named_parameters())),
             "masks": self.masters.digest_places(),

@@ -131,8 +131,8 @@ def load_state(
         ) from error
     if different := [key for key, value in fingerprint.items() if found.get(key) != value]:
         raise CheckpointError(
-            f"{path} must be the state of the same run, found another {different[0]}; give the "
-            "same settings and data, or start again with --overwrite."
+            f"{path} must be the state of the same run, found another {different[0]}; give "
+            "the same settings and data to the same version, or start again with --overwrite."
         )
     return held
 
