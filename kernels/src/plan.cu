@@ -46,7 +46,8 @@ int parts_of(const SsmmVariant& variant, const Layout& layout) {
 }
 
 // When the last cluster is done with `full` items of a cost and then `rest` items of another, each
-// taken by the cluster that is free first.
+// taken by the cluster that is free first: what SlabScheduler::item() comes to in one or two
+// rounds.
 std::int64_t end_of_items(std::int64_t full, int full_cost, std::int64_t rest, int rest_cost,
                           int num_clusters) {
   std::int64_t early = full / num_clusters * full_cost, late = early + full_cost;
@@ -266,10 +267,11 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
-  // Beyond its last item a thread block still counts one stride further.
-  if (items > INT32_MAX - slots) {
-    return unsupported("a product must have at most " + std::to_string(INT32_MAX - slots) +
-                       " parts, found " + std::to_string(items));
+  // Beyond its last item a thread block still counts one round further, there and back.
+  const std::int64_t most = INT32_MAX - 2 * slots;
+  if (items > most) {
+    return unsupported("a product must have at most " + std::to_string(most) + " parts, found " +
+                       std::to_string(items));
   }
   return launch_clusters(stream, kernel_for(variant, args.layout),
                          static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,

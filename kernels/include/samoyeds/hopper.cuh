@@ -51,10 +51,10 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
   const int blocks = args.layout.blocks;
   Turn turn;
   if constexpr (kTakesTurns) Turns::start(group);
-  SlabWork next = scheduler.at(scheduler.first());
-  for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
+  SlabWork next = scheduler.at(scheduler.item(0));
+  for (int round = 0; next.count() > 0; ++round) {
     const SlabWork work = next;
-    next = scheduler.at(item + scheduler.step());  // read while this one is computed
+    next = scheduler.at(scheduler.item(round + 1));  // read while this one is computed
     if (group >= work.num_slabs()) {
       skip_blocks(buffers, turn, blocks);
       continue;
@@ -75,7 +75,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
     const int last_slot = (turn.slot == 0 ? Buffers::kSlots : turn.slot) - 1;
     for_output<Shape>(args.output, [&](auto passes) {
       SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group)
-          .run(acc, item, work, last_slot);
+          .run(acc, scheduler.item(round), work, last_slot);
     });
   }
   if constexpr (kTakesTurns) Turns::finish(group);

@@ -17,10 +17,10 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
-  SlabWork next = scheduler.at(scheduler.first());
-  for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
+  SlabWork next = scheduler.at(scheduler.item(0));
+  for (int round = 0; next.count() > 0; ++round) {
     const SlabWork work = next;
-    next = scheduler.at(item + scheduler.step());  // read ahead of time
+    next = scheduler.at(scheduler.item(round + 1));  // read ahead of time
     // Eight places at a time, so that what is copied is as it lies there; a share for each block.
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const int first = eights * rank / Shape::kCluster * kPlaceAlign;
@@ -54,10 +54,10 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
-  SlabWork next = scheduler.at(scheduler.first());
-  for (int item = scheduler.first(); next.count() > 0; item += scheduler.step()) {
+  SlabWork next = scheduler.at(scheduler.item(0));
+  for (int round = 0; next.count() > 0; ++round) {
     const SlabWork work = next;
-    next = scheduler.at(item + scheduler.step());
+    next = scheduler.at(scheduler.item(round + 1));
     const std::uint8_t* expert = args.packed + work.expert * layout.expert_bytes;
     const int first = work.first_slab() * Buffers::kSlabTiles;
     const int count = work.num_slabs() * Buffers::kSlabTiles;

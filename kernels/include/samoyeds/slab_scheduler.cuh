@@ -149,8 +149,12 @@ class SlabScheduler {
  public:
   __device__ explicit SlabScheduler(const SsmmArgs& args) : args_(args) {}
 
-  __device__ static int first() { return blockIdx.x / Shape::kCluster; }
-  __device__ static int step() { return gridDim.x / Shape::kCluster; }
+  // The item of this cluster in a round. Every other round goes through the clusters backwards:
+  // where items become smaller, who had one of the larger is last to get one more.
+  __device__ static int item(int round) {
+    const int clusters = gridDim.x / Shape::kCluster, own = blockIdx.x / Shape::kCluster;
+    return round * clusters + (round % 2 ? clusters - 1 - own : own);
+  }
 
   // Without tokens beyond the last item. Reads what it needs each time rather than keep registers.
   __device__ SlabWork at(int item) const {
