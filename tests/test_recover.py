@@ -168,6 +168,30 @@ def test_steps_are_logged_and_the_same_again() -> None:
     assert not same_state(one.layer, third.layer)
 
 
+@pytest.mark.parametrize(
+    ("settings", "batches", "trained", "steps"),
+    [
+        ({}, 2, 1, 14),
+        ({}, 8, 7, 98),
+        ({}, 32, 28, 392),
+        ({"held_back": 0.5}, 32, 16, 224),
+        ({"held_back": 0.9}, 2, 1, 14),  # one is left, whatever is asked for
+        ({"steps": 5}, 32, 28, 5),
+    ],
+)
+def test_every_batch_is_seen_14_times(
+    settings: dict[str, Any], batches: int, trained: int, steps: int
+) -> None:
+    found = BlockSettings(**settings)
+    assert (found.num_trained(batches), found.num_steps(batches)) == (trained, steps)
+
+
+def test_steps_without_a_number_are_those_of_the_batches() -> None:
+    rows: list[Mapping[str, float]] = []
+    Layer("mixtral").recover(BlockSettings(learning_rate=1e-5), log=rows.append)
+    assert [row["step"] for row in rows] == list(range(14 * 5))  # the sixth batch is held back
+
+
 def test_tokens_count_by_their_own_size() -> None:
     """One token with a huge target does not drown the others."""
     case = Layer("mixtral")

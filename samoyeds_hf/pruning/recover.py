@@ -4,6 +4,20 @@ Cautious Adam on fp32 masters of what the masks keep, towards given outputs, on 
 layer alone runs, so it fits where pruning fits. Bytes a weight beside the layer's own: 20 times the
 share kept (see :mod:`samoyeds_hf.pruning.masters`) and 4 more for what was there before, and the
 dense gradient of one weight at a time.
+
+More passes over the same text bring each layer nearer to its targets and, from some number on, the
+model further from the dense one. On tests/assets/tiny-moe (``best``, 1:2:32, one seed; KL on 65,536
+held-out tokens, CPU, fp32, torch 2.13):
+
+============  =======  ======  =====  =====  =====  =====
+calibration   batches  passes    3.6      7     14     29
+============  =======  ======  =====  =====  =====  =====
+64 x 512      8 x 8    KL             0.505  0.481  0.506
+256 x 512     32 x 8   KL      0.463  0.439  0.428
+256 x 512     8 x 32   KL                    0.444
+============  =======  ======  =====  =====  =====  =====
+
+Half or a quarter of the rate (0.498 with 5e-4) or twice of it (0.513) is worse in the first row.
 """
 
 from __future__ import annotations
@@ -28,6 +42,7 @@ from samoyeds_hf.pruning.training import (
 )
 
 _MAX_NORM = 1.0  # of a step's gradient
+_PASSES = 14
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class BlockSettings:
     """How a layer is recovered.
 
     Args:
-        steps: of the optimizer, each on one batch.
+        steps: of the optimizer, each on one batch; None is 14 for each batch that is trained on.
         learning_rate: the peak, for weights with 1024 inputs; see :meth:`Masters.step`.
         warmup: share of the steps in which the learning rate rises.
         held_back: share of the batches, at least one, that only measure.
@@ -45,18 +60,27 @@ class BlockSettings:
         ConfigError: a value that cannot be.
     """
 
-    steps: int = 100
+    steps: int | None = None
     learning_rate: float = 1e-3
     warmup: float = 0.1
     held_back: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        if self.steps is not None:
+            check_count("steps", self.steps)
         check_number("learning_rate", self.learning_rate, 0, 1)
         check_number("warmup", self.warmup, 0, 1, or_low=True)
         check_number("held_back", self.held_back, 0, 1, or_low=True)
         check_count("seed", self.seed, 0)
+
+    def num_trained(self, batches: int) -> int:
+        """How many of so many batches, two or more, are not held back."""
+        return max(1, batches - max(1, round(self.held_back * batches)))
+
+    def num_steps(self, batches: int) -> int:
+        """Of a layer with so many batches, those held back among them."""
+        return _PASSES * self.num_trained(batches) if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ def recover_block(
             f"{len(weights)} weights, {len(inputs)} batches and {len(targets)} targets; give more "
             "sequences, or smaller batches."
         )
-    count = len(inputs) - max(1, round(settings.held_back * len(inputs)))
+    count = settings.num_trained(len(inputs))
     masters = Masters(
         {name: weight for name, (weight, _) in weights.items()},
         {name: mask for name, (_, mask) in weights.items()},
@@ -123,7 +147,7 @@ def recover_block(
     before = measure()
     untrained = {name: master.detach().clone() for name, master in masters.values.items()}
     with masters.attached(layer):
-        _train(masters, loss_of, count, settings, log)
+        _train(masters, loss_of, len(inputs), settings, log)
     after = measure()
     if kept := after < before:  # not where it is NaN
         return BlockReport(before, after, kept, time.monotonic() - start)
@@ -134,13 +158,14 @@ def recover_block(
 def _train(
     masters: Masters,
     loss_of: Callable[[int], torch.Tensor],
-    count: int,
+    batches: int,
     settings: BlockSettings,
     log: Log | None,
 ) -> None:
     optimizer = make_optimizer(masters)
-    for step in range(settings.steps):
-        rate = settings.learning_rate * schedule(step, settings.steps, settings.warmup)
+    count, steps = settings.num_trained(batches), settings.num_steps(batches)
+    for step in range(steps):
+        rate = settings.learning_rate * schedule(step, steps, settings.warmup)
         loss = loss_of(int(pick(step, 1, count, settings.seed)))
         loss.backward()
         masters.step(optimizer, rate, _MAX_NORM)

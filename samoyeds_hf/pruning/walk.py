@@ -200,7 +200,7 @@ class Walk:
 
         settings, log = self.settings.block, None
         if settings is not None and self.log is not None:
-            log = partial(_log_step, self.log, index, settings.steps)
+            log = partial(_log_step, self.log, index, settings.num_steps(len(self.hidden)))
         weights = pruner.trainable()
         if self.team.leads:
             recover_block(layer, run, self.hidden, targets, weights, settings, log)
