@@ -59,7 +59,7 @@ def recover(
         typer.Option(
             "--backtrack/--no-backtrack",
             help="Start again with a lower learning rate where those sequences say that the first "
-            "quarter of the steps did harm.  [default: backtrack]",
+            "quarter or half of the steps did harm.  [default: backtrack]",
         ),
     ] = None,
     train: Annotated[

@@ -269,13 +269,12 @@ def _write_card(
     ]
     if result.before is not None and result.after is not None:
         said = "" if result.kept else f": {NOT_KEPT}"
-        lines.append(
-            f"- on sequences held back {result.before:.4f} before, {result.after:.4f} after{said}"
-        )
+        lines.append(f"- on sequences held back {result.held_back}{said}")
     card = updated_card(text, report, name, work.base).strip()
     write_text(directory / "README.md", card + "\n\n" + "\n".join(lines) + "\n")
 
 
 def read_result(directory: Path) -> DistillReport:
     """What the report of a distilled checkpoint says about the training."""
-    return DistillReport(**read_distillation(directory)["result"])
+    result = read_distillation(directory)["result"]
+    return DistillReport(**{**result, "trials": tuple(result.get("trials", ()))})

@@ -351,7 +351,10 @@ def test_sequences_held_back_only_measure(share: float, held: int) -> None:
     assert report.after == pytest.approx(loop_divergence(twin, teacher, held_text), rel=1e-4)
     assert report.kept == (report.after < report.before)
     assert same_state(student, twin if report.kept else before)
-    assert f"held back {report.before:.4f} -> {report.after:.4f}" in str(report)
+    meanwhile = ", ".join(f"{kl:.4f}" for kl in report.trials)
+    assert len(report.trials) == 2
+    said = f"{report.before:.4f} before, {meanwhile} meanwhile, {report.after:.4f} after"
+    assert f"on sequences held back {said}" in str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -371,7 +374,8 @@ def test_a_rate_that_is_too_high_leaves_the_pruned_weights(train: str, dtype: to
     assert same_state(student, before)
 
 
-@pytest.mark.parametrize(("rate", "starts"), [(1e-2, [0, 2]), (5e-2, [0, 2, 3])])
+# the last rate of the second is checked once: a quarter and half of three steps are one
+@pytest.mark.parametrize(("rate", "starts"), [(5e-2, [0, 2, 5]), (0.2, [0, 2, 3, 6])])
 def test_a_rate_that_is_too_high_is_lowered(rate: float, starts: list[int]) -> None:
     """Each time from the pruned weights, with a new optimizer and the sequences that come next."""
     student, teacher, masks = mixtral()
@@ -386,19 +390,25 @@ def test_a_rate_that_is_too_high_is_lowered(rate: float, starts: list[int]) -> N
     )
     rows: list[Mapping[str, float]] = []
     report = distill(student, teacher, TEXT, masks, settings, log=rows.append)
-    text, held_text = TEXT[:8], TEXT[8:]
-    nearness, losses = loop_divergence(before, teacher, held_text), []
-    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], None], strict=True)):
-        twin = copy.deepcopy(before)
+    text, held_text, stops = TEXT[:8], TEXT[8:], [*starts[1:], None]
+    nearness, losses, trials = loop_divergence(before, teacher, held_text), [], []
+    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         lower = replace(settings, learning_rate=rate / 4**number)
+        rest = settings.steps - start
+        checks = {start + max(1, rest // 4): 1.5, start + max(1, rest // 2): 1.25}
+        for end, times in checks.items():
+            trial = copy.deepcopy(before)
+            loop_distill(trial, teacher, masks, lower, text, start, end)
+            trials.append(loop_divergence(trial, teacher, held_text))
+            assert (trials[-1] < times * nearness) == (end != stop)
+            if end == stop:
+                break
+        twin = copy.deepcopy(before)
         losses += loop_distill(twin, teacher, masks, lower, text, start, stop)
-        trial = copy.deepcopy(before)
-        end = start + max(1, (settings.steps - start) // 4)
-        loop_distill(trial, teacher, masks, lower, text, start, end)
-        assert (loop_divergence(trial, teacher, held_text) < nearness) == (stop is None)
     assert report.learning_rate == lower.learning_rate
     assert report.kept
     assert report.before == pytest.approx(nearness, rel=1e-4)
+    assert report.trials == pytest.approx(trials, rel=5e-3)  # a rate of 0.2 magnifies rounding
     assert report.after == pytest.approx(loop_divergence(twin, teacher, held_text), rel=1e-4)
     assert report.after == pytest.approx(loop_divergence(student, teacher, held_text), rel=1e-4)
     assert [row["step"] for row in rows] == list(range(settings.steps))
@@ -425,7 +435,8 @@ def test_a_rate_that_does_good_is_only_looked_at() -> None:
         assert report.rates == "0.001"
         for row in rows:
             row.pop("seconds")  # type: ignore[attr-defined]
-        results.append((student, replace(report, seconds=0.0), rows))
+        assert len(report.trials) == (2 if backtrack else 0)
+        results.append((student, replace(report, seconds=0.0, trials=()), rows))
     (student, *found), (twin, *expected) = results
     assert found == expected
     assert same_state(student, twin)
@@ -594,7 +605,7 @@ LOWERED = DistillSettings(steps=9, batch_size=4, learning_rate=5e-2, held_back=0
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, DistillReport, str]:
-    """A run that starts again after 2 and 3 steps, and its log without times."""
+    """A run that starts again after 2 and 5 steps, and its log without times."""
     student, teacher, masks = mixtral()
     path = tmp_path_factory.mktemp("lowered") / "run.csv"
     report = distill(student, teacher, TEXT, masks, LOWERED, log=CsvLog(path))
@@ -612,7 +623,9 @@ def without_seconds(path: Path) -> str:
         ((1,), False),  # before the rate is checked for the first time
         ((2,), False),  # after the first step with a lower rate, before that is checked
         ((1, 2), True),  # while it is checked
-        ((3,), False),  # after the last start
+        ((3,), False),  # between two checks of a rate
+        ((4,), True),  # while the second check ends it
+        ((5,), False),  # after the last start
         ((0, 1, 2, 3, 4, 5, 6, 7, 8), False),
     ],
 )

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 _MAX_NORM = 1.0  # of a step's gradient
 # What make_optimizer and schedule are, so that no state that others left is gone on from.
 _OPTIMIZER = "cautious Adam, linear decay"
-_TRIAL = 0.25  # share of its steps after which a learning rate is checked
+# Shares of its steps after which a learning rate is checked, and from how many times the KL before
+# on it did harm: while it is high, the KL is, too, and the rest of the steps makes that good.
+_CHECKS = ((0.25, 1.5), (0.5, 1.25))
 _LOWER = 0.25  # factor of a learning rate that did harm
 _MOST = 4  # times that it is lowered
 
@@ -64,9 +66,10 @@ def distill(
     """Train a pruned model in place towards its dense original.
 
     Both run in eval mode, without dropout. Epochs over the sequences are in fresh random order.
-    Where the first of them take the student no nearer to the teacher on the sequences held back,
-    the learning rate is too high: the pruned weights come back, and the steps that are left have a
-    lower one, with a schedule of their own; so a few times, unless the settings say otherwise.
+    Where a quarter of them take the student much further from the teacher on the sequences held
+    back, or half of them no nearer, the learning rate is too high: the pruned weights come back,
+    and the steps that are left have a lower one, with a schedule of their own; so a few times,
+    unless the settings say otherwise.
     Afterwards the student holds the masters, rounded to its dtype, or what it held before where
     that is nearer to the teacher on the sequences held back; outside the masks it is 0.
 
@@ -110,6 +113,7 @@ def distill(
         learning_rate=run.rate,
         before=run.before,
         after=run.after,
+        trials=tuple(run.trials),
     )
 
 
@@ -148,6 +152,7 @@ class _Run:
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []
         self.starts = [0]  # the steps in which training began with the pruned weights
+        self.trials: list[float] = []  # KL on the sequences held back, where a rate was checked
         self.seconds = 0.0
 
     @property
@@ -180,7 +185,7 @@ class _Run:
                     log(row)
                 bar.set_postfix_str(f"KL {row['loss']:.4f}", refresh=False)
                 bar.update()
-                if self._is_trial_over() and not is_better(self.before, self._measure()):
+                if self._did_harm():
                     self._start_again(untrained)
                 is_due = time.monotonic() - saved >= 60 * save_minutes
                 if state is not None and (is_due or len(self.losses) == steps):
@@ -190,12 +195,26 @@ class _Run:
         if not is_better(self.before, self.after):
             self.masters.load(untrained)
 
-    def _is_trial_over(self) -> bool:
-        """Whether the last step is the one after which the learning rate is checked."""
+    def _harmful(self) -> float | None:
+        """Times the KL before that is harm after the last step; None: nothing is checked then."""
         start, steps = self.starts[-1], self.settings.steps
-        end = start + max(1, int(_TRIAL * (steps - start)))
-        is_last = end == steps or len(self.starts) > _MOST  # nothing could be done about it
-        return self.settings.backtrack and len(self.losses) == end and not is_last
+        if not self.settings.backtrack or len(self.starts) > _MOST:
+            return None
+        found = None
+        for share, times in _CHECKS:
+            end = start + max(1, int(share * (steps - start)))
+            if len(self.losses) == end < steps:
+                found = times
+        return found
+
+    def _did_harm(self) -> bool:
+        """Whether a check is due and says that the learning rate is too high; so does NaN."""
+        times = self._harmful()
+        kl = None if times is None else self._measure()
+        if times is None or kl is None or self.before is None:
+            return False
+        self.trials.append(kl)
+        return not kl < times * self.before
 
     def _start_again(self, untrained: Mapping[str, torch.Tensor]) -> None:
         """Go on from the pruned weights with a lower learning rate."""
@@ -278,6 +297,7 @@ class _Run:
         return {
             "settings": asdict(self.settings),
             "optimizer": _OPTIMIZER,
+            "checks of the learning rate": _CHECKS,
             "tokens": digest({"tokens": self.tokens}),
             "student": digest(dict(self.student.named_parameters())),
             "masks": self.masters.digest_places(),
@@ -292,6 +312,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
             "starts": self.starts,
+            "trials": self.trials,
             "seconds": self.seconds,
         }
 
@@ -300,4 +321,5 @@ class _Run:
             self.masters.load(content["masters"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.losses, self.starts = list(content["losses"]), list(content["starts"])
+            self.trials = list(content["trials"])
             self.seconds = float(content["seconds"])

@@ -198,7 +198,7 @@ class Laboratory:
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),
             "distill": f"{steps} x {batch}, lr {report.rates}, {recipe.train}, "
-            f"hidden states x {recipe.hidden_weight:g}"
+            f"hidden states x {recipe.hidden_weight:g}; held back {report.held_back}"
             + ("" if report.kept else ", no better and not kept"),
         }
 
