@@ -28,15 +28,8 @@ from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings, is_better
 from samoyeds_hf.pruning.losses import divergence, hidden_error
 from samoyeds_hf.pruning.masters import Masters, make_optimizer
-from samoyeds_hf.pruning.training import (
-    Log,
-    check_tokens,
-    digest,
-    load_state,
-    pick,
-    save_state,
-    schedule,
-)
+from samoyeds_hf.pruning.rate import CHECKS, Rate
+from samoyeds_hf.pruning.training import Log, check_tokens, digest, load_state, pick, save_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,11 +37,6 @@ if TYPE_CHECKING:
 _MAX_NORM = 1.0  # of a step's gradient
 # What make_optimizer and schedule are, so that no state that others left is gone on from.
 _OPTIMIZER = "cautious Adam, linear decay"
-# Shares of its steps after which a learning rate is checked, and from how many times the KL before
-# on it did harm: while it is high, the KL is, too, and the rest of the steps makes that good.
-_CHECKS = ((0.25, 1.5), (0.5, 1.25))
-_LOWER = 0.25  # factor of a learning rate that did harm
-_MOST = 4  # times that it is lowered
 
 
 def distill(
@@ -110,10 +98,10 @@ def distill(
         last=last,
         seconds=run.seconds,
         asked_rate=settings.learning_rate,
-        learning_rate=run.rate,
+        learning_rate=run.rate.peak,
         before=run.before,
         after=run.after,
-        trials=tuple(run.trials),
+        trials=tuple(run.rate.trials),
     )
 
 
@@ -151,14 +139,8 @@ class _Run:
         self.masters = Masters(weights, masks)
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []
-        self.starts = [0]  # the steps in which training began with the pruned weights
-        self.trials: list[float] = []  # KL on the sequences held back, where a rate was checked
+        self.rate = Rate(settings)
         self.seconds = 0.0
-
-    @property
-    def rate(self) -> float:
-        """The peak learning rate since the last start."""
-        return self.settings.learning_rate * _LOWER ** (len(self.starts) - 1)
 
     def train(
         self, state: Path | None, log: Log | None, save_minutes: float, progress: bool
@@ -195,32 +177,20 @@ class _Run:
         if not is_better(self.before, self.after):
             self.masters.load(untrained)
 
-    def _harmful(self) -> float | None:
-        """Times the KL before that is harm after the last step; None: nothing is checked then."""
-        start, steps = self.starts[-1], self.settings.steps
-        if not self.settings.backtrack or len(self.starts) > _MOST:
-            return None
-        found = None
-        for share, times in _CHECKS:
-            end = start + max(1, int(share * (steps - start)))
-            if len(self.losses) == end < steps:
-                found = times
-        return found
-
     def _did_harm(self) -> bool:
         """Whether a check is due and says that the learning rate is too high; so does NaN."""
-        times = self._harmful()
+        times = self.rate.limit(len(self.losses))
         kl = None if times is None else self._measure()
         if times is None or kl is None or self.before is None:
             return False
-        self.trials.append(kl)
+        self.rate.trials.append(kl)
         return not kl < times * self.before
 
     def _start_again(self, untrained: Mapping[str, torch.Tensor]) -> None:
         """Go on from the pruned weights with a lower learning rate."""
         self.masters.load(untrained)
         self.optimizer = make_optimizer(self.masters)
-        self.starts.append(len(self.losses))
+        self.rate.starts.append(len(self.losses))
 
     @torch.no_grad()
     def _measure(self) -> float | None:
@@ -240,8 +210,7 @@ class _Run:
 
     def _step(self) -> dict[str, float]:
         settings, number, start = self.settings, len(self.losses), time.monotonic()
-        begun = self.starts[-1]
-        rate = self.rate * schedule(number - begun, settings.steps - begun, settings.warmup)
+        rate = self.rate.of(number)
         count = len(self.tokens) - self.held
         rows = pick(number, settings.batch_size, count, settings.seed)
         parts = rows.split(settings.micro_batch_size or settings.batch_size)
@@ -297,7 +266,7 @@ class _Run:
         return {
             "settings": asdict(self.settings),
             "optimizer": _OPTIMIZER,
-            "checks of the learning rate": _CHECKS,
+            "checks of the learning rate": CHECKS,
             "tokens": digest({"tokens": self.tokens}),
             "student": digest(dict(self.student.named_parameters())),
             "masks": self.masters.digest_places(),
@@ -311,8 +280,8 @@ class _Run:
             "masters": {name: master.detach() for name, master in self.masters.values.items()},
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
-            "starts": self.starts,
-            "trials": self.trials,
+            "starts": self.rate.starts,
+            "trials": self.rate.trials,
             "seconds": self.seconds,
         }
 
@@ -320,6 +289,6 @@ class _Run:
         if content is not None:
             self.masters.load(content["masters"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.losses, self.starts = list(content["losses"]), list(content["starts"])
-            self.trials = list(content["trials"])
+            self.losses = list(content["losses"])
+            self.rate.starts, self.rate.trials = list(content["starts"]), list(content["trials"])
             self.seconds = float(content["seconds"])
