@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samoyeds_hf.config import SamoyedsConfig
-from samoyeds_hf.convert import convert_checkpoint
+from samoyeds_hf.convert import DEFAULT_SHARD_SIZE, convert_checkpoint
 from samoyeds_hf.errors import SamoyedsError
 from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.plan import plan_conversion
 from samoyeds_hf.report import format_bytes, format_table
 from samoyeds_hf.resources import demo_model
 
@@ -58,12 +59,14 @@ def run_demo(
     """
     dense = demo_model() if model is None else resolve_source(model)
     patterns = dict.fromkeys(("2:4", str(SparsityPattern.parse(pattern))))
+    configs = {name: demo_config(name, method, samples) for name in patterns}
+    for config in configs.values():  # what does not fit is said before minutes of work
+        plan_conversion(dense, config, DEFAULT_SHARD_SIZE)
     with tempfile.TemporaryDirectory(prefix="samoyeds-demo-") as folder:
         directories = {"dense": dense}
-        for name in patterns:
+        for name, config in configs.items():
             directories[name] = Path(folder) / name.replace(":", "-")
             start = time.perf_counter()
-            config = demo_config(name, method, samples)
             convert_checkpoint(dense, directories[name], config, progress=False)
             print(f"converted to {name} in {time.perf_counter() - start:.1f} s")
         results = {}

@@ -792,6 +792,7 @@ def test_demo_refuses(arguments: tuple[object, ...], message: str, run: Run) -> 
     (line,) = done.err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+    assert "converted" not in done.out  # before any work
 
 
 # --- the same from outside -------------------------------------------------------------------
