@@ -54,10 +54,10 @@ def distill(
     """Train a pruned model in place towards its dense original.
 
     Both run in eval mode, without dropout. Epochs over the sequences are in fresh random order.
-    Where a quarter of them take the student much further from the teacher on the sequences held
-    back, or half of them no nearer, the learning rate is too high: the pruned weights come back,
-    and the steps that are left have a lower one, with a schedule of their own; so a few times,
-    unless the settings say otherwise.
+    Where after a quarter, or half, of them the student is much further from the teacher than it was
+    on the sequences held back, the learning rate is too high: the pruned weights come back, and the
+    steps that are left have a lower one, with a schedule of their own; so a few times, unless the
+    settings say otherwise.
     Afterwards the student holds the masters, rounded to its dtype, or what it held before where
     that is nearer to the teacher on the sequences held back; outside the masks it is 0.
 
