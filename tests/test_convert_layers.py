@@ -561,6 +561,23 @@ def test_resumed_with_the_dense_model_followed(
     assert files_in(out) == files_in(tmp_path / "whole" / "out")
 
 
+def test_another_block_recovery_is_not_gone_on_with(own: Path, text: Path, tmp_path: Path) -> None:
+    """As versions left it that said nothing of theirs: its layers would have two."""
+    out, config = tmp_path / "out", calibrated(text, recover="block")
+    stop_after(1, lambda: convert(own, out, config))
+    state = out.with_name("out.partial") / "conversion.json"
+    content = json.loads(state.read_text())
+    del content["fingerprint"]["block recovery"]
+    state.write_text(json.dumps(content))
+    refused(
+        CheckpointError,
+        "another block recovery than in",
+        "--overwrite",
+        call=lambda: convert(own, out, config, resume=True),
+        kept=tmp_path,
+    )
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_resumed_after_the_first_and_the_last_layer(
     layers: int, own: Path, text: Path, finished: dict[str, bytes], tmp_path: Path

@@ -27,7 +27,7 @@ import samoyeds_hf
 from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings, is_better
 from samoyeds_hf.pruning.losses import divergence, hidden_error
-from samoyeds_hf.pruning.masters import Masters, make_optimizer
+from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
 from samoyeds_hf.pruning.rate import CHECKS, Rate
 from samoyeds_hf.pruning.training import Log, check_tokens, digest, load_state, pick, save_state
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MAX_NORM = 1.0  # of a step's gradient
-# What make_optimizer and schedule are, so that no state that others left is gone on from.
-_OPTIMIZER = "cautious Adam, linear decay"
 
 
 def distill(
@@ -265,7 +263,7 @@ class _Run:
         """What the result depends on."""
         return {
             "settings": asdict(self.settings),
-            "optimizer": _OPTIMIZER,
+            "optimizer": OPTIMIZER,
             "checks of the learning rate": CHECKS,
             "tokens": digest({"tokens": self.tokens}),
             "student": digest(dict(self.student.named_parameters())),

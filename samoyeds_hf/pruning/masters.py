@@ -139,6 +139,10 @@ class Masters:
         return dense.reshape(-1).index_select(0, self._places[name])
 
 
+# What make_optimizer and training.schedule are: nothing that others began is gone on with.
+OPTIMIZER = "cautious Adam, linear decay"
+
+
 def make_optimizer(masters: Masters) -> torch.optim.Optimizer:
     """Cautious Adam, with a group for each learning rate."""
     widest = max(weight.shape[-1] for weight in masters.weights.values())

@@ -32,17 +32,12 @@ from torch import nn
 
 from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning.losses import relative_errors
-from samoyeds_hf.pruning.masters import Masters, make_optimizer
-from samoyeds_hf.pruning.training import (
-    Log,
-    check_count,
-    check_number,
-    pick,
-    schedule,
-)
+from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
+from samoyeds_hf.pruning.training import Log, check_count, check_number, pick, schedule
 
 _MAX_NORM = 1.0  # of a step's gradient
 _PASSES = 14
+RECIPE = f"{OPTIMIZER}, {_PASSES} passes"  # of a conversion, which has no settings for it
 
 
 @dataclass(frozen=True)
