@@ -62,6 +62,7 @@ from samoyeds_hf.directory import REPORT_FILE
 from samoyeds_hf.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from samoyeds_hf.plan import plan_conversion
 from samoyeds_hf.pruning import layer
+from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
 from samoyeds_hf.pruning.streamed import StreamedLayers
 from samoyeds_hf.pruning.walk import Walk
@@ -407,6 +408,8 @@ def test_recovery_by_layers_is_logged(source: Path, text: Path, tmp_path: Path) 
 def test_distilling_conversion_goes_on_after_pruning(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fewer_steps = partial(DistillSettings, steps=60)
+    monkeypatch.setattr("samoyeds_hf.recovery.DistillSettings", fewer_steps)
     config = calibrated(text, recover="distill")
     whole = convert(source, tmp_path / "whole", config)
     assert whole.recover == "distill"

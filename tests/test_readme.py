@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re
 
 # They build an environment; what they run in it, tests/test_demo.py and all tests cover.
 SCRIPTS = ("scripts/demo.sh", "scripts/test.sh")
+DEMO = "samoyeds demo "  # minutes of work that tests/test_demo.py does on less
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_all_blocks_run_in_order(folder: Path, environment: dict[str, str]) -> N
     pytest.importorskip("lm_eval", reason="the README evaluates, which needs the extra eval")
     out = []
     for language, code in BLOCKS:
-        lines = [line for line in code.splitlines() if not line.startswith(SCRIPTS)]
+        lines = [line for line in code.splitlines() if not line.startswith((*SCRIPTS, DEMO))]
         out.append(run_block(language, "\n".join(lines), folder, environment))
     made = {path.name for path in folder.iterdir()} - {"tests", "configs", "scripts"}
     assert made == {"tiny-sparse", "tiny-pruned", "tiny-again", "errors.csv"}
@@ -71,9 +73,18 @@ def test_all_blocks_run_in_order(folder: Path, environment: dict[str, str]) -> N
         "and equal the source's",
         "acc_norm",
         "experts run in",
-        "held-out perplexity",
     ):
         assert said in everything
+
+
+def test_the_demo_is_called_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = [line for _, code in BLOCKS for line in code.splitlines() if line.startswith(DEMO)]
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr("samoyeds_hf.demo.run_demo", lambda *_, **options: calls.append(options))
+    with pytest.raises(SystemExit) as ended:
+        cli.app(shlex.split(line, comments=True)[1:])
+    assert ended.value.code == 0
+    assert calls == [{"max_tokens": 2000, "method": "admm", "samples": 16}]
 
 
 def test_only_known_languages() -> None:
