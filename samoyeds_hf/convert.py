@@ -42,7 +42,7 @@ from samoyeds_hf.format import SUFFIXES
 from samoyeds_hf.hub import resolve_source
 from samoyeds_hf.metrics import relative
 from samoyeds_hf.plan import ConversionPlan, Unit, plan_conversion
-from samoyeds_hf.pruning.recover import RECIPE
+from samoyeds_hf.pruning.recover import BLOCK_RECOVERY
 from samoyeds_hf.report import PatchReport, WeightReport
 from samoyeds_hf.report_files import read_report
 from samoyeds_hf.shards import ShardWriter, disk_errors, write_index, write_text
@@ -106,7 +106,7 @@ def convert_checkpoint(
     ) as directory:
         more = {} if work is None else {"device": work.device.type}
         if config.recover == "block":
-            more["block recovery"] = RECIPE
+            more["block recovery"] = BLOCK_RECOVERY
         state = ConversionState.open(directory, plan, shard_size, more)
         _convert_shards(plan, directory, state, work, progress)
         report = _finish(plan, directory, str(source), state)

@@ -25,6 +25,7 @@ TINY_MOE = REPOSITORY / "tests" / "assets" / "tiny-moe"
 TOKENS = 1024
 SAMPLES = 12
 METHOD = "wanda"  # the default takes minutes on one core
+# As README.md has it.
 SHORT = ["demo", "--tokens", str(TOKENS), "--samples", str(SAMPLES), "--method", METHOD]
 PROMPTS = ("def __init__(self", "import os\n")
 

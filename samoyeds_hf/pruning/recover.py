@@ -37,7 +37,7 @@ from samoyeds_hf.pruning.training import Log, check_count, check_number, pick, s
 
 _MAX_NORM = 1.0  # of a step's gradient
 _PASSES = 14
-RECIPE = f"{OPTIMIZER}, {_PASSES} passes"  # of a conversion, which has no settings for it
+BLOCK_RECOVERY = f"{OPTIMIZER}, {_PASSES} passes"  # of a conversion, which has no settings for it
 
 
 @dataclass(frozen=True)
