@@ -269,6 +269,18 @@ def test_linear(m: int, k: int, is_gate_up: bool, text: str, dtype: torch.dtype,
         check_linear(weight, x, hopper_plan(weight))
 
 
+@both_dtypes
+@each_pattern
+@pytest.mark.parametrize("is_gate_up", [False, True], ids=["plain", "gate_up"])
+def test_linear_of_many_rounds(is_gate_up: bool, text: str, dtype: torch.dtype, seed: int) -> None:
+    """So many that results go out through a tensor map; 5 slabs: the last part has one."""
+    rng = generator(seed)
+    weight = random_weight((1, 640, 256), text, dtype, rng, is_gate_up)
+    for rows in (17003, 33 * 1024):  # the last box is cut off; all are whole
+        x = torch.randn(rows, 256, generator=rng, device=DEVICE).to(dtype)
+        check_linear(weight, x, hopper_plan(weight))
+
+
 def test_linear_of_no_rows() -> None:
     weight = random_weight((1, 128, 256), "2:4", torch.bfloat16, generator(0))
     x = torch.zeros(0, 256, dtype=torch.bfloat16, device=DEVICE)

@@ -273,6 +273,15 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
     return unsupported("a product must have at most " + std::to_string(most) + " parts, found " +
                        std::to_string(items));
   }
+  // What is copied out while the next item is multiplied gains where there are some to follow: of
+  // 2.3 items a cluster (14336 x 1024 x 4096) the product takes 75 instead of 73 us, of 2.7 (4096 x
+  // 4096 x 14336) 232 instead of 239.
+  if (variant.is_hopper && !args.tokens.tiles && args.output == Output::kRows &&
+      2 * items > 5 * slots) {
+    args.output = Output::kMatrix;
+    SAMOYEDS_RETURN_IF_ERROR(
+        map_matrix(args.out, args.tokens.num_rows, args.layout.rows, args.matrix));
+  }
   return launch_clusters(stream, kernel_for(variant, args.layout),
                          static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
                          shared_bytes(variant, plan, args.layout), cluster, args);

@@ -67,6 +67,13 @@ enum class Output {
   kRows,     // [pairs, m]
   kPartial,  // [splits, pairs, m]  fp32
   kPanels,   // [m / 64][places]  as panels.cuh; of the Hopper kernel, kGated too
+  kMatrix,   // [rows of x, m]  as kRows without routing, through SsmmArgs::matrix; Hopper kernel
+};
+
+// A CUtensorMap: how a matrix lies in global memory, for copies of boxes of it (CUDA driver API,
+// "Tensor Map Object Management").
+struct alignas(64) TensorMap {
+  std::uint64_t words[16];
 };
 
 struct SsmmArgs {
@@ -79,9 +86,10 @@ struct SsmmArgs {
   std::int64_t split_stride;  // elements of a plane of kPartial
   int stages;
   Divisor splits;
-  Divisor parts;  // items of a tile of tokens: parts of the rows, times splits
-  int places;     // of the panels that the Hopper kernel reads and writes
-  bool is_early;  // the routing is complete although the previous kernel may still run
+  Divisor parts;     // items of a tile of tokens: parts of the rows, times splits
+  int places;        // of the panels that the Hopper kernel reads and writes
+  bool is_early;     // the routing is complete although the previous kernel may still run
+  TensorMap matrix;  // of `out`, kMatrix only: boxes of kBoxRows x one panel
 };
 
 }  // namespace samoyeds

@@ -28,8 +28,12 @@ __device__ __forceinline__ void for_size(int live, Run&& run) {
 template <class Buffers>
 __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    ptx::wait(buffers.full(turn.slot), turn.parity);
-    buffers.release(turn.slot);
+    ptx::wait(buffers.full_weights(turn.slot), turn.parity);
+    buffers.release_weights(turn.slot);
+    for (int half = 0; half < Buffers::kHalves; ++half) {
+      ptx::wait(buffers.full_tokens(turn.slot, half), turn.parity);
+      buffers.release_tokens(turn.slot, half);
+    }
     turn.advance(Buffers::kSlots);
   }
 }
@@ -37,9 +41,10 @@ __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
 // Calls run(SlabPasses) with those of an output.
 template <class Shape, typename Run>
 __device__ __forceinline__ void for_output(Output output, Run&& run) {
-  if (output == Output::kGated) return run(SlabPasses<Shape, true, true>{});
-  if (output == Output::kPanels) return run(SlabPasses<Shape, false, true>{});
-  run(SlabPasses<Shape, false, false>{});
+  if (output == Output::kGated) return run(SlabPasses<Shape, Output::kGated>{});
+  if (output == Output::kPanels) return run(SlabPasses<Shape, Output::kPanels>{});
+  if (output == Output::kMatrix) return run(SlabPasses<Shape, Output::kMatrix>{});
+  run(SlabPasses<Shape, Output::kRows>{});
 }
 
 template <class Shape, int kSwitchPeriod, class Buffers>
@@ -94,7 +99,7 @@ __device__ void help(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler
   if (warp == 0) return load_tokens(args, scheduler, buffers);
   if (warp == 1) return load_weights(args, scheduler, buffers);
   for_output<Shape>(args.output, [&](auto passes) {
-    if constexpr (decltype(passes)::kIsPanels) {
+    if constexpr (decltype(passes)::kIsCopied) {
       SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, warp - 2).run(scheduler);
     }
   });

@@ -62,6 +62,10 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
                          bool allows_hopper);
 const char* heuristics();  // the rules as a table
 
+// For stores of kBoxRows x kPanelCols 16-bit numbers of a matrix, which lie in shared memory like a
+// panel.
+Error map_matrix(void* matrix, int rows, int columns, TensorMap& map);
+
 // The kernels. Each function queues its own and returns; shapes as in api.h.
 Error pack(const Stream& stream, const Layout& layout, int num_experts, std::uint8_t* packed,
            const void* values, const Meta* meta, const Index* index);

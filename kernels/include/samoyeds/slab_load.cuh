@@ -25,23 +25,24 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const int first = eights * rank / Shape::kCluster * kPlaceAlign;
     const int count = eights * (rank + 1) / Shape::kCluster * kPlaceAlign - first;
-    const int bytes = work.num_slabs() * Buffers::kSlabTiles * layout.block_bytes +
-                      eights * kPlaceAlign * 2 * kPanelBytes;
+    const int bytes = eights * kPlaceAlign * kPanelBytes;
     for (int block = 0; block < layout.blocks; ++block) {
-      ptx::wait(buffers.empty(turn.slot), turn.parity ^ 1);
-      if (is_leader) {
-        const std::uint32_t full = buffers.full(turn.slot);
-        ptx::arrive_expecting(full, bytes);  // the weights too
-        for (int panel = 0; panel < 2 && count > 0; ++panel) {
-          const std::uint8_t* tokens =
-              static_cast<const std::uint8_t*>(args.x) +
-              panel_offset(block * 2 + panel, args.places, work.first + first);
-          ptx::copy_bulk_to_cluster<Shape::kCluster>(
-              buffers.tokens(turn.slot, panel) + first * kPanelBytes, tokens, count * kPanelBytes,
-              full);
+      for (int half = 0; half < Buffers::kHalves; ++half) {
+        ptx::wait(buffers.empty_tokens(turn.slot, half), turn.parity ^ 1);
+        if (is_leader) {
+          const std::uint32_t full = buffers.full_tokens(turn.slot, half);
+          ptx::arrive_expecting(full, bytes);
+          if (count > 0) {
+            const std::uint8_t* tokens =
+                static_cast<const std::uint8_t*>(args.x) +
+                panel_offset(block * Buffers::kHalves + half, args.places, work.first + first);
+            ptx::copy_bulk_to_cluster<Shape::kCluster>(
+                buffers.tokens(turn.slot, half) + first * kPanelBytes, tokens, count * kPanelBytes,
+                full);
+          }
         }
+        __syncwarp();
       }
-      __syncwarp();
       turn.advance(Buffers::kSlots);
     }
   }
@@ -62,14 +63,15 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
     const int first = work.first_slab() * Buffers::kSlabTiles;
     const int count = work.num_slabs() * Buffers::kSlabTiles;
     for (int block = 0; block < layout.blocks; ++block) {
-      ptx::wait(buffers.empty(turn.slot), turn.parity ^ 1);
+      ptx::wait(buffers.empty_weights(turn.slot), turn.parity ^ 1);
       if (is_leader) {
+        ptx::arrive_expecting(buffers.full_weights(turn.slot), count * layout.block_bytes);
         // Contiguous: where it is two slabs, the first is even, see SlabScheduler::at().
         for (int tile = 0; tile < count; tile += kBundleTiles) {
           const int bytes = min(kBundleTiles, count - tile) * layout.block_bytes;
           ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileBytes,
                                 expert + block_offset(layout, first + tile, block), bytes,
-                                buffers.full(turn.slot));
+                                buffers.full_weights(turn.slot));
         }
       }
       __syncwarp();

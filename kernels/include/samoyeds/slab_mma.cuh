@@ -112,16 +112,17 @@ class SlabProduct {
       : acc_(acc), buffers_(buffers), first_tile_(first_tile), turns_(turns) {}
 
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
-    ptx::wait(buffers_.full(turn.slot), turn.parity);
+    ptx::wait(buffers_.full_weights(turn.slot), turn.parity);
     load_first(turn.slot);
 #pragma unroll 1
     for (left_ = blocks - 1; left_ >= 0; --left_) {
       slot_ = turn.slot;
+      parity_ = turn.parity;
       tile_ = tile_of(slot_);
       turn.advance(Buffers::kSlots);
       const auto load_next = [&] {
         if (left_ == 0) return;
-        ptx::wait(buffers_.full(turn.slot), turn.parity);
+        ptx::wait(buffers_.full_weights(turn.slot), turn.parity);
         load_first(turn.slot);
       };
       if constexpr (kSwitchPeriod == 4) {
@@ -137,9 +138,12 @@ class SlabProduct {
   }
 
  private:
-  // The item's last slot is lent to its results.
-  __device__ __forceinline__ void release() const {
-    if (!Buffers::kLends || left_ > 0) buffers_.release(slot_);
+  // Tokens of the item's last slot: where they were is lent to its results.
+  __device__ __forceinline__ void release(int half) const {
+    if (!Buffers::kLends || left_ > 0) buffers_.release_tokens(slot_, half);
+  }
+  __device__ __forceinline__ void wait_for_tokens(int half) const {
+    ptx::wait(buffers_.full_tokens(slot_, half), parity_);
   }
 
   __device__ __forceinline__ std::uint32_t tile_of(int slot) const {
@@ -167,41 +171,53 @@ class SlabProduct {
   __device__ __forceinline__ void whole_block(Next&& load_next) {
     second_.template load<2, false>(tile_);
     acc_.template switch_rows<kLive>(first_.rows);
+    wait_for_tokens(0);
     start_half(first_, 0);
+    buffers_.release_weights(slot_);
+    wait_for_tokens(1);
     start_half(second_, 1);
     ptx::wgmma_wait<1>();
+    release(0);
     load_next();
     ptx::wgmma_wait_for<kSums>(acc_.d);
-    release();
+    release(1);
   }
 
   // V = 64: in turn, as half a block of products hides little else.
   template <typename Next>
   __device__ __forceinline__ void half_blocks(Next&& load_next) {
     acc_.template switch_rows<kLive>(first_.rows);
+    wait_for_tokens(0);
     turns_.begin();
     start_half(first_, 0);
     turns_.end();
     second_.template load<2, true>(tile_);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     acc_.template switch_rows<kLive>(second_.rows);
+    wait_for_tokens(1);
     turns_.begin();
     start_half(second_, 1);
     turns_.end();
+    buffers_.release_weights(slot_);
+    release(0);
     load_next();
     ptx::wgmma_wait_for<kSums>(acc_.d);
-    release();
+    release(1);
   }
 
   // V = 32. Fragments of one half at a time: two would not fit beside the changes of rows.
   template <typename Next>
   __device__ __forceinline__ void steps(Next&& load_next) {
+    wait_for_tokens(0);
     step<0>();
     step<1>();
+    release(0);
     first_.template load<2, false>(tile_);
+    wait_for_tokens(1);
     step<2>();
     step<3>();
-    release();
+    buffers_.release_weights(slot_);
+    release(1);
     load_next();
   }
 
@@ -217,13 +233,16 @@ class SlabProduct {
   // N = M: two times 64 kept rows, in turn, a step at a time; more fragments would not fit.
   template <typename Next>
   __device__ __forceinline__ void two_times(Next&& load_next) {
+    wait_for_tokens(0);
     pair<0>();
     pair<1>();
+    wait_for_tokens(1);
     pair<2>();
     pair<3>();
+    buffers_.release_weights(slot_);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     ptx::wgmma_wait_for<kSums>(acc_.odd);
-    release();
+    release(1);
     load_next();
   }
 
@@ -234,6 +253,7 @@ class SlabProduct {
     one_.template start<T, kLive, kStep>(acc_.d, 0, panel);
     ptx::wgmma_commit();
     if constexpr (kStep > 0) ptx::wgmma_wait<1>();  // other_ is free
+    if constexpr (kStep == 2) release(0);           // steps 0 and 1 are done
     other_.template load<kStep, false>(tile_ + 4 * Buffers::kTileBytes);
     ptx::wgmma_fence();
     other_.template start<T, kLive, kStep>(acc_.odd, 0, panel);
@@ -249,6 +269,7 @@ class SlabProduct {
   const int first_tile_;
   const Turns& turns_;
   int slot_ = 0;
+  std::uint32_t parity_ = 0;     // of the slot
   int left_ = 0;                 // blocks after the present one
   std::uint32_t tile_ = 0;       // this warp's, in the slot
   Fragments<2> first_, second_;  // (1, 2, V): of half a block

@@ -27,16 +27,19 @@ struct HopperShape {
   static_assert(kGroups * kRegisters + kHelperRegisters == (kGroups + 1) * 168, "all of them");
 };
 
-// The shared memory of a thread block: a ring of slots, each a block of k of the tokens, two
-// panels, and of the weights of every slab; and results on their way out. Of a slot, `full`
-// completes when the copies are there, `empty` when every warp of the cluster that multiplies is
-// done with it. kSwitchPeriod: 0 where N = M, else as switch_period().
+// The shared memory of a thread block: a ring of slots, each a block of k, and results on their way
+// out. A slot has three parts: the weights of every slab, and two halves of the block of the
+// tokens, a panel each. Each part is filled again as soon as it is read itself, weights once they
+// are in registers: `full` completes when the copies are there, `empty` when every warp that
+// multiplies is done with it, of tokens those of the whole cluster. kSwitchPeriod: 0 where N = M,
+// else as switch_period().
 //
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
-// them. A warpgroup's own buffer holds one. With three slots the item's last one is lent for the
-// second and third pass: each warpgroup has one of its panels, once both are done with it. Where a
-// warp stores for a warpgroup, `staged` completes when a pass is written, with the first it is told
-// what it is of, and it gives the memory back: the own buffer, then the slot.
+// them. A warpgroup's own buffer holds one. With three slots the tokens' part of the item's last
+// one is lent for the second and third pass: each warpgroup has one of its panels, once both are
+// done with it. Where a warp stores for a warpgroup, `staged` completes when a pass is written,
+// with the first it is told what it is of, and it gives the memory back: the own buffer, then the
+// panels.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -45,44 +48,58 @@ struct HopperBuffers {
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
   static constexpr int kPassBytes = kTilePanelBytes / 2;
   static constexpr int kMaxPasses = 4;
-  // Of a warpgroup: a pass of its results, and a number for each token.
-  static constexpr int kStagedBytes = kPassBytes + Shape::kTokens * 4;
+  static constexpr int kHalves = 2;
+  static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
-  static constexpr int kBarriers = 2 * kSlots + Shape::kGroups * kMaxPasses;
+  static constexpr int kBarriers = 2 * kSlots * (1 + kHalves) + Shape::kGroups * kMaxPasses;
   static constexpr int kWorkBytes = 8;     // a warpgroup's results are of that item and last slot
   static constexpr int kAlignment = 1024;  // of swizzled rows
-  static constexpr int kBytes = kAlignment + kSlots * (2 * kTilePanelBytes + kWeightBytes) +
-                                Shape::kGroups * (kStagedBytes + kWorkBytes) + kBarriers * 8;
+  static constexpr int kBytes = kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
+                                Shape::kGroups * (kPassBytes + kNumbersBytes + kWorkBytes) +
+                                kBarriers * 8;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
 
-  __device__ std::uint32_t tokens(int slot, int panel) const {
-    return base + (slot * 2 + panel) * kTilePanelBytes;
+  __device__ std::uint32_t tokens(int slot, int half) const {
+    return base + (slot * kHalves + half) * kTilePanelBytes;
   }
   __device__ static constexpr bool is_lent(int pass) { return kLends && (pass == 1 || pass == 2); }
   // Where a warpgroup puts a pass of an item whose last slot is `slot`.
   __device__ std::uint32_t results(int group, int pass, int slot) const {
     return is_lent(pass) ? tokens(slot, group) + (pass - 1) * kPassBytes : own(group);
   }
-  __device__ std::uint32_t numbers(int group) const { return own(group) + kPassBytes; }
-  __device__ std::uint32_t weights(int slot) const {
-    return own(Shape::kGroups) + slot * kWeightBytes;
+  __device__ std::uint32_t numbers(int group) const {
+    return own(Shape::kGroups) + group * kNumbersBytes;
   }
-  __device__ std::uint32_t full(int slot) const { return weights(kSlots) + slot * 8; }
-  __device__ std::uint32_t empty(int slot) const { return full(kSlots + slot); }
+  __device__ std::uint32_t weights(int slot) const {
+    return numbers(Shape::kGroups) + slot * kWeightBytes;
+  }
+  __device__ std::uint32_t full_weights(int slot) const { return weights(kSlots) + slot * 8; }
+  __device__ std::uint32_t empty_weights(int slot) const { return full_weights(kSlots + slot); }
+  __device__ std::uint32_t full_tokens(int slot, int half) const {
+    return full_weights(2 * kSlots + slot * kHalves + half);
+  }
+  __device__ std::uint32_t empty_tokens(int slot, int half) const {
+    return full_tokens(kSlots + slot, half);
+  }
   __device__ std::uint32_t staged(int group, int pass) const {
-    return full(2 * kSlots + group * kMaxPasses + pass);
+    return full_tokens(2 * kSlots, 0) + (group * kMaxPasses + pass) * 8;
   }
   __device__ std::uint32_t work(int group) const {
     return staged(Shape::kGroups, 0) + group * kWorkBytes;
   }
 
   __device__ void init() const {
+    constexpr int kReaders = Shape::kGroups * kGroupWarps;
     for (int slot = 0; slot < kSlots; ++slot) {
-      ptx::init_barrier(full(slot), 1);
-      ptx::init_barrier(empty(slot), Shape::kCluster * Shape::kGroups * kGroupWarps);
+      ptx::init_barrier(full_weights(slot), 1);
+      ptx::init_barrier(empty_weights(slot), kReaders);
+      for (int half = 0; half < kHalves; ++half) {
+        ptx::init_barrier(full_tokens(slot, half), 1);
+        ptx::init_barrier(empty_tokens(slot, half), Shape::kCluster * kReaders);
+      }
     }
     for (int group = 0; group < Shape::kGroups; ++group) {
       for (int pass = 0; pass < kMaxPasses; ++pass) {
@@ -91,18 +108,25 @@ struct HopperBuffers {
     }
   }
 
-  // By a whole warp that has read a slot: one arrival stands for it in each thread block of the
-  // cluster, as they load for each other.
-  __device__ __forceinline__ void release(int slot) const {
+  // By a whole warp that has read a part of a slot. Of tokens one arrival stands for it in each
+  // thread block of the cluster, as they load for each other.
+  __device__ __forceinline__ void release_tokens(int slot, int half) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    if (lane < Shape::kCluster) ptx::arrive_at(empty(slot), lane);
+    if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), lane);
   }
-  // By the warp that stores, for a warpgroup: a slot that was lent.
+  __device__ __forceinline__ void release_weights(int slot) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
+  }
+  // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    if (lane < Shape::kCluster * kGroupWarps) ptx::arrive_at(empty(slot), lane % Shape::kCluster);
+    constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a half
+    if (lane < kHalves * kArrivals) {
+      ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
+    }
   }
   // By the warp that stores, and at first: a warpgroup's own buffer may be written. This and the
   // next are named barriers, whose parity would take a register from those that multiply.
@@ -126,7 +150,7 @@ struct HopperBuffers {
  private:
   static constexpr int kReadBarrier = 1, kFreeBarrier = 9;  // Turns has those between
 
-  __device__ std::uint32_t own(int group) const { return tokens(kSlots, 0) + group * kStagedBytes; }
+  __device__ std::uint32_t own(int group) const { return tokens(kSlots, 0) + group * kPassBytes; }
 };
 
 // The same in all lanes of a warp, and the compiler knows it: addresses then need no register of

@@ -1,7 +1,7 @@
-// The Hopper kernel, registers to global memory: the gate, panels or rows. Panels: the warps that
-// multiply write to shared memory and go on, a warp for each warpgroup copies from there. Rows are
-// more work than one warp gets done while a slot is lent (products took 6 to 13 % longer), so those
-// that multiply store them.
+// The Hopper kernel, registers to global memory: the gate, panels, a matrix or rows. The warps that
+// multiply write to shared memory and go on, a warp for each warpgroup starts the copies from
+// there. Rows of pairs lie anywhere: more work than one warp gets done while a slot is lent
+// (products took 6 to 13 % longer), so those that multiply store them.
 #pragma once
 
 #include "samoyeds/epilogue.cuh"
@@ -20,10 +20,13 @@ __device__ __forceinline__ float gate(float x) {
   return fmaf(half, ptx::tanh(half), half);
 }
 
-// The passes in which a warpgroup's results go out. kIsPanels: panels.cuh; else rows [pairs, m].
-template <class Shape, bool kIsGated_, bool kIsPanels_>
+// The passes in which a warpgroup's results go out.
+template <class Shape, Output kOutput>
 struct SlabPasses {
-  static constexpr bool kIsGated = kIsGated_, kIsPanels = kIsPanels_;
+  static constexpr bool kIsGated = kOutput == Output::kGated;
+  static constexpr bool kIsMatrix = kOutput == Output::kMatrix;
+  static constexpr bool kIsPanels = kIsGated || kOutput == Output::kPanels;
+  static constexpr bool kIsCopied = kIsPanels || kIsMatrix;   // by SlabStore; else by SlabStage
   static constexpr int kPanels = kIsGated ? 1 : 2;            // of a slab
   static constexpr int kRows = Shape::kTokens / 2 / kPanels;  // tokens of a pass
   static constexpr int kCount = 2 * kPanels;
@@ -32,6 +35,11 @@ struct SlabPasses {
   __device__ static std::uint32_t at(std::uint32_t results, int panel, int row, int column) {
     return results + (panel * kRows + row) * kPanelBytes +
            swizzled_chunk(row, column / kChunkCols) + column % kChunkCols * 2;
+  }
+  // Of rows or a matrix, where a panel of a slab begins.
+  __device__ static int column(const Layout& layout, int slab, int panel) {
+    return layout.interleaved ? panel * (layout.rows / 2) + slab * kPanelCols
+                              : (slab * kPanels + panel) * kPanelCols;
   }
 };
 
@@ -44,6 +52,7 @@ class SlabStage {
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
   static constexpr bool kIsSwitched = kSwitchPeriod != 0;
   static constexpr bool kIsGated = Passes::kIsGated, kIsPanels = Passes::kIsPanels;
+  static constexpr bool kIsCopied = Passes::kIsCopied;
   static constexpr int kFrags = Passes::kRows / 8;
 
  public:
@@ -57,7 +66,7 @@ class SlabStage {
   // Ahead of an item, what will be needed of it. Rows: of each token of the tile the row of the
   // result, together.
   __device__ void prepare(const SlabWork& work) const {
-    if constexpr (!kIsPanels) {
+    if constexpr (!kIsCopied) {
       for (int i = threadIdx.x % kGroupThreads; i < work.count(); i += kGroupThreads) {
         const int place = work.first + i;
         const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
@@ -69,8 +78,8 @@ class SlabStage {
   // work: the item's; slot: its last.
   __device__ void run(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
                       int slot) const {
-    if constexpr (kIsPanels) {
-      panels(acc, item, work, slot);
+    if constexpr (kIsCopied) {
+      hand_over(acc, item, work, slot);
     } else {
       rows(acc, work, slot);
     }
@@ -78,7 +87,7 @@ class SlabStage {
 
   // There are no more items.
   __device__ void finish() const {
-    if constexpr (kIsPanels) {
+    if constexpr (kIsCopied) {
       Buffers::wait_until_free(group_);
       tell(kNoItem, 0);
       arrive(0);
@@ -86,8 +95,8 @@ class SlabStage {
   }
 
  private:
-  __device__ void panels(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
-                         int slot) const {
+  __device__ void hand_over(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
+                            int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) return;
@@ -130,7 +139,9 @@ class SlabStage {
     Buffers::sync_group(group_);
 #pragma unroll 1
     for (int pass = 0; pass < kFirst; ++pass) store_rows(work, pass, slot);
-    if constexpr (Buffers::kLends) buffers_.release(slot);
+    if constexpr (Buffers::kLends) {
+      for (int half = 0; half < Buffers::kHalves; ++half) buffers_.release_tokens(slot, half);
+    }
 #pragma unroll
     for (int pass = kFirst; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) break;
@@ -149,9 +160,7 @@ class SlabStage {
     // NOTE: computed earlier, it would leave too few registers for stores of 16 bytes.
     const int thread = ptx::here(threadIdx.x % kGroupThreads), chunk = thread % kPanelChunks;
     const int panel = thread / kPanelChunks % Passes::kPanels, slab = work.first_slab() + group_;
-    const int column = layout.interleaved ? panel * (layout.rows / 2) + slab * kPanelCols
-                                          : (slab * Passes::kPanels + panel) * kPanelCols;
-    T* out = static_cast<T*>(args_.out) + column + chunk * kChunkCols;
+    T* out = static_cast<T*>(args_.out) + Passes::column(layout, slab, panel) + chunk * kChunkCols;
     const std::uint32_t results = buffers_.results(group_, pass, slot);
     const int first = pass * Passes::kRows;
     constexpr int kStep = kGroupThreads / kRowThreads, kAtOnce = Buffers::kLends ? 2 : 1;
@@ -271,7 +280,8 @@ class SlabStage {
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStore {
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
-  static_assert(Passes::kIsPanels, "rows are stored by SlabStage");
+  static_assert(Passes::kIsCopied, "rows are stored by SlabStage");
+  static_assert(!Passes::kIsMatrix || Passes::kRows % kBoxRows == 0, "a pass is whole boxes");
 
  public:
   __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)
@@ -279,6 +289,9 @@ class SlabStore {
 
   // Until there are no more items.
   __device__ void run(const SlabScheduler<Shape>& scheduler) {
+    if constexpr (Passes::kIsMatrix) {
+      if (is_leader()) ptx::prefetch_map(args_.matrix);
+    }
     Buffers::set_free(group_);
     while (true) {
       wait_until_staged(0);
@@ -334,11 +347,20 @@ class SlabStore {
     const int slab = work_.first_slab() + group_;
 #pragma unroll
     for (int panel = 0; panel < Passes::kPanels; ++panel) {
-      ptx::store_bulk(
-          static_cast<std::uint8_t*>(args_.out) +
-              panel_offset(slab * Passes::kPanels + panel, args_.places, work_.first + first),
-          Passes::at(results, panel, 0, 0),
-          ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes);
+      if constexpr (Passes::kIsMatrix) {
+        const int column = Passes::column(args_.layout, slab, panel);
+        // Tiles end where boxes do, or with the matrix.
+        for (int row = 0; row < count; row += kBoxRows) {
+          ptx::store_box(args_.matrix, work_.first + first + row, column,
+                         Passes::at(results, panel, row, 0));
+        }
+      } else {
+        ptx::store_bulk(
+            static_cast<std::uint8_t*>(args_.out) +
+                panel_offset(slab * Passes::kPanels + panel, args_.places, work_.first + first),
+            Passes::at(results, panel, 0, 0),
+            ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes);
+      }
     }
     ptx::commit_stores();
   }

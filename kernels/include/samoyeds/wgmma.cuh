@@ -4,6 +4,7 @@
 // their threads go on (PTX ISA, "wgmma.mma_async.sp").
 #pragma once
 
+#include "samoyeds/args.cuh"
 #include "samoyeds/ptx.cuh"
 
 namespace samoyeds::ptx {
@@ -36,6 +37,19 @@ __device__ __forceinline__ void store_bulk(void* to, std::uint32_t from, int num
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(num_bytes)
                : "memory");
+}
+// A box of a matrix, whose first element is at `row` and `column`; what lies beyond the matrix is
+// left out. `matrix`: in the kernel's parameters.
+__device__ __forceinline__ void store_box(const TensorMap& matrix, int row, int column,
+                                          std::uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&matrix),
+      "r"(column), "r"(row), "r"(from)
+      : "memory");
+}
+// Ahead of the first of them.
+__device__ __forceinline__ void prefetch_map(const TensorMap& matrix) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&matrix) : "memory");
 }
 __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
