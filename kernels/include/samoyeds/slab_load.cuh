@@ -17,10 +17,7 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
-  SlabWork next = scheduler.at(scheduler.item(0));
-  for (int round = 0; next.count() > 0; ++round) {
-    const SlabWork work = next;
-    next = scheduler.at(scheduler.item(round + 1));  // read ahead of time
+  scheduler.for_each([&](const SlabWork& work) {
     // Eight places at a time, so that what is copied is as it lies there; a share for each block.
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const int first = eights * rank / Shape::kCluster * kPlaceAlign;
@@ -45,7 +42,7 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
       }
       turn.advance(Buffers::kSlots);
     }
-  }
+  });
 }
 
 template <class Shape, class Buffers>
@@ -55,10 +52,7 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
-  SlabWork next = scheduler.at(scheduler.item(0));
-  for (int round = 0; next.count() > 0; ++round) {
-    const SlabWork work = next;
-    next = scheduler.at(scheduler.item(round + 1));
+  scheduler.for_each([&](const SlabWork& work) {
     const std::uint8_t* expert = args.packed + work.expert * layout.expert_bytes;
     const int first = work.first_slab() * Buffers::kSlabTiles;
     const int count = work.num_slabs() * Buffers::kSlabTiles;
@@ -77,7 +71,7 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
       __syncwarp();
       turn.advance(Buffers::kSlots);
     }
-  }
+  });
 }
 
 }  // namespace samoyeds

@@ -188,6 +188,17 @@ class SlabScheduler {
     return item < num_tiles * args_.parts.value ? existing(item) : SlabWork{};
   }
 
+  // Calls visit(SlabWork) for each item of this cluster; the next one is looked up ahead of it.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit&& visit) const {
+    SlabWork next = at(item(0));
+    for (int round = 0; next.count() > 0; ++round) {
+      const SlabWork work = next;
+      next = at(item(round + 1));
+      visit(work);
+    }
+  }
+
   // Of an item that there is.
   __device__ SlabWork existing(int item) const {
     const int guess = item / args_.parts;  // a tile of the same group
