@@ -22,17 +22,14 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const int first = eights * rank / Shape::kCluster * kPlaceAlign;
     const int count = eights * (rank + 1) / Shape::kCluster * kPlaceAlign - first;
-    constexpr int kTogether = Buffers::kIsSplit ? 1 : Buffers::kHalves;  // panels of a part
-    const int weight_bytes =
-        Buffers::kIsSplit ? 0 : work.num_slabs() * Buffers::kSlabTiles * layout.block_bytes;
-    const int bytes = weight_bytes + eights * kPlaceAlign * kTogether * kPanelBytes;
+    const int bytes = eights * kPlaceAlign * kPanelBytes;
     for (int block = 0; block < layout.blocks; ++block) {
-      for (int part = 0; part < Buffers::kHalves; part += kTogether) {
-        ptx::wait(buffers.empty_tokens(turn.slot, part), turn.parity ^ 1);
+      for (int half = 0; half < Buffers::kHalves; ++half) {
+        ptx::wait(buffers.empty_tokens(turn.slot, half), turn.parity ^ 1);
         if (is_leader) {
-          const std::uint32_t full = buffers.full_tokens(turn.slot, part);
+          const std::uint32_t full = buffers.full_tokens(turn.slot, half);
           ptx::arrive_expecting(full, bytes);
-          for (int half = part; half < part + kTogether && count > 0; ++half) {
+          if (count > 0) {
             const std::uint8_t* tokens =
                 static_cast<const std::uint8_t*>(args.x) +
                 panel_offset(block * Buffers::kHalves + half, args.places, work.first + first);
@@ -62,9 +59,7 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
     for (int block = 0; block < layout.blocks; ++block) {
       ptx::wait(buffers.empty_weights(turn.slot), turn.parity ^ 1);
       if (is_leader) {
-        if constexpr (Buffers::kIsSplit) {  // else load_tokens() announces them
-          ptx::arrive_expecting(buffers.full_weights(turn.slot), count * layout.block_bytes);
-        }
+        ptx::arrive_expecting(buffers.full_weights(turn.slot), count * layout.block_bytes);
         // Contiguous: where it is two slabs, the first is even, see SlabScheduler::at().
         for (int tile = 0; tile < count; tile += kBundleTiles) {
           const int bytes = min(kBundleTiles, count - tile) * layout.block_bytes;

@@ -49,14 +49,10 @@ struct HopperBuffers {
   static constexpr int kPassBytes = kTilePanelBytes / 2;
   static constexpr int kMaxPasses = 4;
   static constexpr int kHalves = 2;
-  // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
-  // more often costs more than it gives, so there a slot is one part.
-  static constexpr bool kIsSplit = kSwitchPeriod == 0 || kSwitchPeriod == 4;
-  static constexpr int kParts = kIsSplit ? 1 + kHalves : 1;
   static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
-  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses;
+  static constexpr int kBarriers = 2 * kSlots * (1 + kHalves) + Shape::kGroups * kMaxPasses;
   static constexpr int kWorkBytes = 8;     // a warpgroup's results are of that item and last slot
   static constexpr int kAlignment = 1024;  // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
@@ -83,13 +79,13 @@ struct HopperBuffers {
   __device__ std::uint32_t full_weights(int slot) const { return weights(kSlots) + slot * 8; }
   __device__ std::uint32_t empty_weights(int slot) const { return full_weights(kSlots + slot); }
   __device__ std::uint32_t full_tokens(int slot, int half) const {
-    return full_weights(kIsSplit ? 2 * kSlots + slot * kHalves + half : slot);
+    return full_weights(2 * kSlots + slot * kHalves + half);
   }
   __device__ std::uint32_t empty_tokens(int slot, int half) const {
     return full_tokens(kSlots + slot, half);
   }
   __device__ std::uint32_t staged(int group, int pass) const {
-    return full_weights(2 * kSlots * kParts) + (group * kMaxPasses + pass) * 8;
+    return full_tokens(2 * kSlots, 0) + (group * kMaxPasses + pass) * 8;
   }
   __device__ std::uint32_t work(int group) const {
     return staged(Shape::kGroups, 0) + group * kWorkBytes;
@@ -99,8 +95,8 @@ struct HopperBuffers {
     constexpr int kReaders = Shape::kGroups * kGroupWarps;
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full_weights(slot), 1);
-      ptx::init_barrier(empty_weights(slot), kIsSplit ? kReaders : Shape::kCluster * kReaders);
-      for (int half = 0; half < kHalves && kIsSplit; ++half) {
+      ptx::init_barrier(empty_weights(slot), kReaders);
+      for (int half = 0; half < kHalves; ++half) {
         ptx::init_barrier(full_tokens(slot, half), 1);
         ptx::init_barrier(empty_tokens(slot, half), Shape::kCluster * kReaders);
       }
@@ -112,34 +108,23 @@ struct HopperBuffers {
     }
   }
 
-  // Weights come first, then the tokens, half by half. What is no part of its own is there, and is
-  // released, with the others.
-  __device__ __forceinline__ void wait_for_weights(int slot, std::uint32_t parity) const {
-    ptx::wait(full_weights(slot), parity);
-  }
-  __device__ __forceinline__ void wait_for_tokens(int slot, int half, std::uint32_t parity) const {
-    if constexpr (kIsSplit) ptx::wait(full_tokens(slot, half), parity);
-  }
   // By a whole warp that has read a part of a slot. Of tokens one arrival stands for it in each
   // thread block of the cluster, as they load for each other.
-  __device__ __forceinline__ void release_weights(int slot) const {
-    if constexpr (kIsSplit) {
-      __syncwarp();
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
-    }
-  }
   __device__ __forceinline__ void release_tokens(int slot, int half) const {
-    if (!kIsSplit && half + 1 < kHalves) return;
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
     if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), lane);
+  }
+  __device__ __forceinline__ void release_weights(int slot) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
   }
   // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a part
-    if (lane < (kIsSplit ? kHalves : 1) * kArrivals) {
+    constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a half
+    if (lane < kHalves * kArrivals) {
       ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
     }
   }
