@@ -274,8 +274,8 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
                        std::to_string(items));
   }
   // Copied out while the next item is multiplied, results gain where enough items follow. H200:
-  // with 2.3 items a cluster (14336 x 1024 x 4096) a product takes 75 us so and 73 without,
-  // with 2.7 (4096 x 4096 x 14336) 232 and 239.
+  // with 2.9 items a cluster (4096 x 4096 x 14336) a product takes 233 us so and 244 without, with
+  // 3.0 (14336 x 1024 x 4096) 70 and 74.
   if (variant.is_hopper && !args.tokens.tiles && args.output == Output::kRows &&
       2 * items > 5 * slots) {
     args.output = Output::kMatrix;

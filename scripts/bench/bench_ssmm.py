@@ -136,9 +136,8 @@ def measure_kernels(product: Product, found: Found, clock: Clock) -> Found:
         empty_cache(clock.device)
         steps, _ = sparse_steps(product, SparsityPattern.parse(text), tokens)
         op = found[text, OP]
-        mhz = clock.mhz(steps, op.time.p50)
         if time := clock.kernel(steps, KERNEL_NAMES):
-            alone[text, KERNEL] = Measured(time, mhz, op.error)
+            alone[text, KERNEL] = Measured(time, clock.mhz(steps, op.time.p50), op.error)
         else:
             complain(f"{product} {text} {KERNEL}: not measured, the profiler saw none")
     return alone

@@ -88,7 +88,8 @@ struct SsmmArgs {
   Divisor splits;
   Divisor parts;     // items of a tile of tokens: parts of the rows, times splits
   int places;        // of the panels that the Hopper kernel reads and writes
-  bool is_early;     // the routing is complete although the previous kernel may still run
+  bool is_early;     // the routing is complete although the previous kernel may still run; for the
+                     // Hopper kernel it always is
   TensorMap matrix;  // of `out`, kMatrix only: boxes of kBoxRows x one panel
 };
 

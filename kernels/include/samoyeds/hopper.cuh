@@ -7,8 +7,8 @@
 // half of the tokens for both.
 //
 // What limits it, as far as runs have shown: shared memory, where the instruction reads 98 KB of
-// tokens in a step of 128 columns, the warps 19 KB of weights, and 68 KB arrive. It takes some 1260
-// clocks then where loads cost next to nothing, beside 768 of wgmma.sp; loads add 2 to 8 %.
+// tokens in a step of 128 columns, the warps 19 KB of weights, and 68 KB arrive. A step takes some
+// 1150 clocks, beside 768 of wgmma.sp, and an item 3200 more for its results.
 #pragma once
 
 #include "samoyeds/slab_load.cuh"
@@ -28,10 +28,10 @@ __device__ __forceinline__ void for_size(int live, Run&& run) {
 template <class Buffers>
 __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    ptx::wait(buffers.full_weights(turn.slot), turn.parity);
+    buffers.wait_for_weights(turn.slot, turn.parity);
     buffers.release_weights(turn.slot);
     for (int half = 0; half < Buffers::kHalves; ++half) {
-      ptx::wait(buffers.full_tokens(turn.slot, half), turn.parity);
+      buffers.wait_for_tokens(turn.slot, half, turn.parity);
       buffers.release_tokens(turn.slot, half);
     }
     turn.advance(Buffers::kSlots);
@@ -48,8 +48,7 @@ __device__ __forceinline__ void for_output(Output output, Run&& run) {
 }
 
 template <class Shape, int kSwitchPeriod, class Buffers>
-__device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
-                               const Buffers& buffers) {
+__device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
   const int group = uniform(threadIdx.x / kGroupThreads);
   const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
   constexpr int kStep = Shape::kLiveStep;
@@ -57,17 +56,16 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
   const int blocks = args.layout.blocks;
   Turn turn;
   if constexpr (kTakesTurns) Turns::start(group);
-  SlabWork next = scheduler.at(scheduler.item(0));
-  for (int round = 0; next.count() > 0; ++round) {
-    const SlabWork work = next;
-    next = scheduler.at(scheduler.item(round + 1));  // read while this one is computed
+  for (int round = 0;; ++round) {
+    const SlabWork work = buffers.item_with_weights(turn);
+    if (work.count() == 0) break;
     if (group >= work.num_slabs()) {
       skip_blocks(buffers, turn, blocks);
+      for_output<Shape>(args.output, [&](auto passes) {
+        SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).skip(round);
+      });
       continue;
     }
-    for_output<Shape>(args.output, [&](auto passes) {
-      SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).prepare(work);
-    });
     const Turns turns(group, work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
     acc.clear();
@@ -81,7 +79,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const SlabScheduler<Shape>&
     const int last_slot = (turn.slot == 0 ? Buffers::kSlots : turn.slot) - 1;
     for_output<Shape>(args.output, [&](auto passes) {
       SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group)
-          .run(acc, scheduler.item(round), work, last_slot);
+          .run(acc, round, work, last_slot);
     });
   }
   if constexpr (kTakesTurns) Turns::finish(group);
@@ -99,8 +97,11 @@ __device__ void help(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler
   if (warp == 0) return load_tokens(args, scheduler, buffers);
   if (warp == 1) return load_weights(args, scheduler, buffers);
   for_output<Shape>(args.output, [&](auto passes) {
+    const int group = warp - 2;
     if constexpr (decltype(passes)::kIsCopied) {
-      SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, warp - 2).run(scheduler);
+      SlabStore<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).run();
+    } else {
+      bring_numbers(args, scheduler, buffers, group);
     }
   });
 }
@@ -121,15 +122,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                           ~static_cast<std::uint32_t>(Buffers::kAlignment - 1)};
     if (threadIdx.x == 0) buffers.init();
     ptx::sync_cluster();
-    ptx::wait_for_previous_kernel();
-    ptx::let_next_kernel_start();
-    const SlabScheduler<Shape> scheduler(args);
     if (threadIdx.x >= Shape::kGroups * kGroupThreads) {
       ptx::give_registers<Shape::kHelperRegisters>();
-      help<Shape, kSwitchPeriod>(args, scheduler, buffers);
+      help<Shape, kSwitchPeriod>(args, SlabScheduler<Shape>(args), buffers);
     } else {
       ptx::take_registers<Shape::kRegisters>();
-      multiply_slabs<Shape, kSwitchPeriod>(args, scheduler, buffers);
+      multiply_slabs<Shape, kSwitchPeriod>(args, buffers);
     }
     // The others may still signal this block's barriers, or copy into it.
     ptx::sync_cluster();

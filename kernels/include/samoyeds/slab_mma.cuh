@@ -112,7 +112,7 @@ class SlabProduct {
       : acc_(acc), buffers_(buffers), first_tile_(first_tile), turns_(turns) {}
 
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
-    ptx::wait(buffers_.full_weights(turn.slot), turn.parity);
+    buffers_.wait_for_weights(turn.slot, turn.parity);
     load_first(turn.slot);
 #pragma unroll 1
     for (left_ = blocks - 1; left_ >= 0; --left_) {
@@ -122,7 +122,7 @@ class SlabProduct {
       turn.advance(Buffers::kSlots);
       const auto load_next = [&] {
         if (left_ == 0) return;
-        ptx::wait(buffers_.full_weights(turn.slot), turn.parity);
+        buffers_.wait_for_weights(turn.slot, turn.parity);
         load_first(turn.slot);
       };
       if constexpr (kSwitchPeriod == 4) {
@@ -143,7 +143,7 @@ class SlabProduct {
     if (!Buffers::kLends || left_ > 0) buffers_.release_tokens(slot_, half);
   }
   __device__ __forceinline__ void wait_for_tokens(int half) const {
-    ptx::wait(buffers_.full_tokens(slot_, half), parity_);
+    buffers_.wait_for_tokens(slot_, half, parity_);
   }
 
   __device__ __forceinline__ std::uint32_t tile_of(int slot) const {

@@ -27,6 +27,20 @@ struct HopperShape {
   static_assert(kGroups * kRegisters + kHelperRegisters == (kGroups + 1) * 168, "all of them");
 };
 
+// The same in all lanes of a warp, and the compiler knows it: addresses then need no register of
+// each thread.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// A tile of tokens, and slabs of this thread block; small numbers in one, as registers are few.
+struct SlabWork {
+  int expert = 0, first = 0;  // of the tile
+  int packed = 0;             // first slab << 16 | slabs << 8 | tokens; a weight has 2^13 slabs
+
+  __device__ int count() const { return packed & 255; }
+  __device__ int num_slabs() const { return packed >> 8 & 255; }
+  __device__ int first_slab() const { return packed >> 16; }
+};
+
 // The shared memory of a thread block: a ring of slots, each a block of k, and results on their way
 // out. A slot has three parts: the weights of every slab, and two halves of the block of the
 // tokens, a panel each. Each part is filled again as soon as it is read itself, weights once they
@@ -39,7 +53,10 @@ struct HopperShape {
 // one is lent for the second and third pass: each warpgroup has one of its panels, once both are
 // done with it. Where a warp stores for a warpgroup, `staged` completes when a pass is written,
 // with the first it is told what it is of, and it gives the memory back: the own buffer, then the
-// panels.
+// panels. Where none does, that warp brings the rows' numbers.
+//
+// Which item comes next is looked up by the warps that load, and told with the weights of its first
+// block: it takes the warps that multiply some 1000 clocks, and they have nothing else to do then.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -49,15 +66,21 @@ struct HopperBuffers {
   static constexpr int kPassBytes = kTilePanelBytes / 2;
   static constexpr int kMaxPasses = 4;
   static constexpr int kHalves = 2;
+  // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
+  // more often costs more than it gives, so there a slot is one part.
+  static constexpr bool kIsSplit = kSwitchPeriod == 0 || kSwitchPeriod == 4;
+  static constexpr int kParts = kIsSplit ? 1 + kHalves : 1;
   static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
-  static constexpr int kBarriers = 2 * kSlots * (1 + kHalves) + Shape::kGroups * kMaxPasses;
-  static constexpr int kWorkBytes = 8;     // a warpgroup's results are of that item and last slot
+  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses;
+  static constexpr int kItemBytes = 8;  // SlabWork but for its expert
+  static constexpr int kResultsBytes =
+      16;                                  // of which item a warpgroup's results are, its last slot
   static constexpr int kAlignment = 1024;  // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
-                                Shape::kGroups * (kPassBytes + kNumbersBytes + kWorkBytes) +
-                                kBarriers * 8;
+                                Shape::kGroups * (kPassBytes + kNumbersBytes + kResultsBytes) +
+                                kSlots * kItemBytes + kBarriers * 8;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -79,24 +102,27 @@ struct HopperBuffers {
   __device__ std::uint32_t full_weights(int slot) const { return weights(kSlots) + slot * 8; }
   __device__ std::uint32_t empty_weights(int slot) const { return full_weights(kSlots + slot); }
   __device__ std::uint32_t full_tokens(int slot, int half) const {
-    return full_weights(2 * kSlots + slot * kHalves + half);
+    return full_weights(kIsSplit ? 2 * kSlots + slot * kHalves + half : slot);
   }
   __device__ std::uint32_t empty_tokens(int slot, int half) const {
     return full_tokens(kSlots + slot, half);
   }
   __device__ std::uint32_t staged(int group, int pass) const {
-    return full_tokens(2 * kSlots, 0) + (group * kMaxPasses + pass) * 8;
+    return full_weights(2 * kSlots * kParts) + (group * kMaxPasses + pass) * 8;
   }
-  __device__ std::uint32_t work(int group) const {
-    return staged(Shape::kGroups, 0) + group * kWorkBytes;
+  __device__ std::uint32_t item(int slot) const {
+    return staged(Shape::kGroups, 0) + slot * kItemBytes;
+  }
+  __device__ std::uint32_t results_of(int group) const {
+    return item(kSlots) + group * kResultsBytes;
   }
 
   __device__ void init() const {
     constexpr int kReaders = Shape::kGroups * kGroupWarps;
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::init_barrier(full_weights(slot), 1);
-      ptx::init_barrier(empty_weights(slot), kReaders);
-      for (int half = 0; half < kHalves; ++half) {
+      ptx::init_barrier(empty_weights(slot), kIsSplit ? kReaders : Shape::kCluster * kReaders);
+      for (int half = 0; half < kHalves && kIsSplit; ++half) {
         ptx::init_barrier(full_tokens(slot, half), 1);
         ptx::init_barrier(empty_tokens(slot, half), Shape::kCluster * kReaders);
       }
@@ -108,23 +134,53 @@ struct HopperBuffers {
     }
   }
 
+  // Weights come first, then the tokens, half by half. What is no part of its own is there, and is
+  // released, with the others.
+  __device__ __forceinline__ void wait_for_weights(int slot, std::uint32_t parity) const {
+    ptx::wait(full_weights(slot), parity);
+  }
+  __device__ __forceinline__ void wait_for_tokens(int slot, int half, std::uint32_t parity) const {
+    if constexpr (kIsSplit) ptx::wait(full_tokens(slot, half), parity);
+  }
+
+  // By the thread that announces the weights of an item's first block, before it does; of no tokens
+  // where there are no more items.
+  __device__ void put_item(int slot, const SlabWork& work) const { put(item(slot), work); }
+  // When they are there. Without the expert.
+  __device__ SlabWork item_with_weights(const Turn& turn) const {
+    wait_for_weights(turn.slot, turn.parity);
+    return get(item(turn.slot));
+  }
+  // By a thread of a warpgroup before its warps arrive at the first pass, for the warp that stores.
+  __device__ void put_results_of(int group, const SlabWork& work, int slot) const {
+    put(results_of(group), work);
+    ptx::store_shared(results_of(group) + kItemBytes, static_cast<std::uint32_t>(slot));
+  }
+  __device__ SlabWork get_results_of(int group, int& slot) const {
+    slot = static_cast<int>(ptx::load_shared_word(results_of(group) + kItemBytes));
+    return get(results_of(group));
+  }
+
   // By a whole warp that has read a part of a slot. Of tokens one arrival stands for it in each
   // thread block of the cluster, as they load for each other.
+  __device__ __forceinline__ void release_weights(int slot) const {
+    if constexpr (kIsSplit) {
+      __syncwarp();
+      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
+    }
+  }
   __device__ __forceinline__ void release_tokens(int slot, int half) const {
+    if (!kIsSplit && half + 1 < kHalves) return;
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
     if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), lane);
-  }
-  __device__ __forceinline__ void release_weights(int slot) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
   }
   // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a half
-    if (lane < kHalves * kArrivals) {
+    constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a part
+    if (lane < (kIsSplit ? kHalves : 1) * kArrivals) {
       ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
     }
   }
@@ -137,6 +193,14 @@ struct HopperBuffers {
   __device__ __forceinline__ static void wait_until_free(int group) {
     ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
   }
+  // Where a warp brings the numbers of rows instead, by a warpgroup and by that warp: they are
+  // read.
+  __device__ __forceinline__ static void let_numbers_go(int group) {
+    ptx::arrive_some(kNumbersBarrier + group, kGroupThreads + kWarpThreads);
+  }
+  __device__ __forceinline__ static void wait_until_numbers_are_read(int group) {
+    ptx::sync_some(kNumbersBarrier + group, kGroupThreads + kWarpThreads);
+  }
   // By a warpgroup where nobody stores for it.
   __device__ __forceinline__ static void sync_group(int group) {
     ptx::sync_some(kFreeBarrier + group, kGroupThreads);
@@ -148,23 +212,19 @@ struct HopperBuffers {
   }
 
  private:
-  static constexpr int kReadBarrier = 1, kFreeBarrier = 9;  // Turns has those between
+  // Turns has those between.
+  static constexpr int kReadBarrier = 1, kFreeBarrier = 9, kNumbersBarrier = 11;
+
+  __device__ static void put(std::uint32_t to, const SlabWork& work) {
+    ptx::store_shared(to, static_cast<std::uint32_t>(work.first),
+                      static_cast<std::uint32_t>(work.packed));
+  }
+  __device__ static SlabWork get(std::uint32_t from) {
+    return {0, uniform(static_cast<int>(ptx::load_shared_word(from))),
+            uniform(static_cast<int>(ptx::load_shared_word(from + 4)))};
+  }
 
   __device__ std::uint32_t own(int group) const { return tokens(kSlots, 0) + group * kPassBytes; }
-};
-
-// The same in all lanes of a warp, and the compiler knows it: addresses then need no register of
-// each thread.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
-// A tile of tokens, and slabs of this thread block; small numbers in one, as registers are few.
-struct SlabWork {
-  int expert = 0, first = 0;  // of the tile
-  int packed = 0;             // first slab << 16 | slabs << 8 | tokens; a weight has 2^13 slabs
-
-  __device__ int count() const { return packed & 255; }
-  __device__ int num_slabs() const { return packed >> 8 & 255; }
-  __device__ int first_slab() const { return packed >> 16; }
 };
 
 // Which item a cluster computes next; as Scheduler, with slabs as rows and without splits.
@@ -199,6 +259,7 @@ class SlabScheduler {
     }
   }
 
+ private:
   // Of an item that there is.
   __device__ SlabWork existing(int item) const {
     const int guess = item / args_.parts;  // a tile of the same group
@@ -220,7 +281,6 @@ class SlabScheduler {
             uniform((begin + first) << 16 | slabs << 8 | tile.count)};
   }
 
- private:
   __device__ Tile tile_at(int number) const {
     if (args_.tokens.tiles) {
       const int4 t = __ldg(reinterpret_cast<const int4*>(args_.tokens.tiles) + number);

@@ -43,8 +43,6 @@ struct SlabPasses {
   }
 };
 
-inline constexpr int kNoItem = -1;  // in place of an item: there are no more
-
 // By a warpgroup: its results to shared memory, and rows from there to global memory.
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStage {
@@ -63,25 +61,23 @@ class SlabStage {
         warp_(threadIdx.x / kWarpThreads % kGroupWarps),
         g_(threadIdx.x % kWarpThreads / 4) {}
 
-  // Ahead of an item, what will be needed of it. Rows: of each token of the tile the row of the
-  // result, together.
-  __device__ void prepare(const SlabWork& work) const {
-    if constexpr (!kIsCopied) {
-      for (int i = threadIdx.x % kGroupThreads; i < work.count(); i += kGroupThreads) {
-        const int place = work.first + i;
-        const int row = args_.tokens.pairs ? __ldg(args_.tokens.pairs + place) : place;
-        ptx::store_shared(buffers_.numbers(group_) + i * 4, static_cast<std::uint32_t>(row));
-      }
+  // round: of the items that this thread block has had; slot: the item's last.
+  __device__ void run(const SlabAccumulators<Shape>& acc, int round, const SlabWork& work,
+                      int slot) const {
+    if constexpr (kIsCopied) {
+      hand_over(acc, work, slot);
+    } else {
+      wait_for_numbers(round);
+      rows(acc, work, slot);
+      Buffers::let_numbers_go(group_);
     }
   }
 
-  // work: the item's; slot: its last.
-  __device__ void run(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
-                      int slot) const {
-    if constexpr (kIsCopied) {
-      hand_over(acc, item, work, slot);
-    } else {
-      rows(acc, work, slot);
+  // Of an item in which this warpgroup has no slab.
+  __device__ void skip(int round) const {
+    if constexpr (!kIsCopied) {
+      wait_for_numbers(round);
+      Buffers::let_numbers_go(group_);
     }
   }
 
@@ -89,20 +85,24 @@ class SlabStage {
   __device__ void finish() const {
     if constexpr (kIsCopied) {
       Buffers::wait_until_free(group_);
-      tell(kNoItem, 0);
+      tell(SlabWork{}, 0);
       arrive(0);
     }
   }
 
  private:
-  __device__ void hand_over(const SlabAccumulators<Shape>& acc, int item, const SlabWork& work,
+  __device__ void wait_for_numbers(int round) const {
+    ptx::wait(buffers_.staged(group_, 0), round % 2);
+  }
+
+  __device__ void hand_over(const SlabAccumulators<Shape>& acc, const SlabWork& work,
                             int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) return;
       if (!Buffers::is_lent(pass)) {
         Buffers::wait_until_free(group_);
-        if (pass == 0) tell(item, slot);
+        if (pass == 0) tell(work, slot);
       } else if (pass == 1) {
         Buffers::wait_for_others(work.num_slabs());
       }
@@ -113,11 +113,8 @@ class SlabStage {
   }
 
   // The warp that stores, whose results come.
-  __device__ void tell(int item, int slot) const {
-    if (threadIdx.x % kGroupThreads == 0) {
-      ptx::store_shared(buffers_.work(group_), static_cast<std::uint32_t>(item),
-                        static_cast<std::uint32_t>(slot));
-    }
+  __device__ void tell(const SlabWork& work, int slot) const {
+    if (threadIdx.x % kGroupThreads == 0) buffers_.put_results_of(group_, work, slot);
   }
 
   __device__ void arrive(int pass) const {
@@ -276,6 +273,24 @@ class SlabStage {
   int group_, warp_, g_;
 };
 
+// By one warp for each warpgroup, where that stores rows: of each token of a tile the row of the
+// result, ahead of time.
+template <class Shape, class Buffers>
+__device__ void bring_numbers(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
+                              const Buffers& buffers, int group) {
+  const int lane = threadIdx.x % kWarpThreads;
+  scheduler.for_each([&](const SlabWork& work) {
+    for (int i = lane; i < work.count(); i += kWarpThreads) {
+      const int place = work.first + i;
+      const int row = args.tokens.pairs ? __ldg(args.tokens.pairs + place) : place;
+      ptx::store_shared(buffers.numbers(group) + i * 4, static_cast<std::uint32_t>(row));
+    }
+    __syncwarp();
+    if (lane < kGroupWarps) ptx::arrive(buffers.staged(group, 0));
+    Buffers::wait_until_numbers_are_read(group);
+  });
+}
+
 // By one warp for each warpgroup: its panels to global memory, while the next item is multiplied.
 template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStore {
@@ -289,17 +304,15 @@ class SlabStore {
       : args_(args), buffers_(buffers), group_(group) {}
 
   // Until there are no more items.
-  __device__ void run(const SlabScheduler<Shape>& scheduler) {
+  __device__ void run() {
     if constexpr (Passes::kIsMatrix) {
       if (is_leader()) ptx::prefetch_map(args_.matrix);
     }
     Buffers::set_free(group_);
     while (true) {
       wait_until_staged(0);
-      const int item = static_cast<int>(ptx::load_shared_word(buffers_.work(group_)));
-      slot_ = static_cast<int>(ptx::load_shared_word(buffers_.work(group_) + 4));
-      if (item == kNoItem) return;
-      work_ = scheduler.existing(item);
+      work_ = buffers_.get_results_of(group_, slot_);
+      if (work_.count() == 0) return;
       store_item();
     }
   }
