@@ -68,7 +68,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
     }
     const Turns turns(group, work.num_slabs() == Shape::kGroups);
     SlabAccumulators<Shape> acc;
-    acc.clear();
+    acc.template clear<kSwitchPeriod>();
     const int first_tile = group * Buffers::kSlabTiles + warp;
     for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
       SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,

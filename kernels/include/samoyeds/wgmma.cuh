@@ -126,37 +126,40 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
 #define SAMOYEDS_ALL80 SAMOYEDS_ALL72, SAMOYEDS_OUT8(72)
 #define SAMOYEDS_ALL88 SAMOYEDS_ALL80, SAMOYEDS_OUT8(80)
 #define SAMOYEDS_ALL96 SAMOYEDS_ALL88, SAMOYEDS_OUT8(88)
-// size: accumulators of a thread, half the tokens; values, rest: the operands after them by number.
-#define SAMOYEDS_WGMMA(tokens, size, dtype, values, rest) \
+// size: accumulators of a thread, half the tokens; values, rest, flag: the operands after them by
+// number.
+#define SAMOYEDS_WGMMA(tokens, size, dtype, values, rest, flag) \
   if constexpr (kTokens == tokens) { \
-    asm volatile("{ .reg .pred accumulate; setp.eq.u32 accumulate, 0, 0; " \
+    asm volatile("{ .reg .pred accumulate; setp.ne.u32 accumulate, " flag ", 0; " \
                  "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." dtype "." dtype \
                  " {" SAMOYEDS_D##size "}, {" values "}, " rest ", accumulate, 1, 1, 0; }" \
                  : SAMOYEDS_ALL##size \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(kSelector) \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(kSelector), \
+                   "r"(static_cast<int>(adds)) \
                  : "memory"); \
   }
 #define SAMOYEDS_WGMMA_OF(dtype) \
-  SAMOYEDS_WGMMA(16, 8, dtype, "%8, %9, %10, %11", "%12, %13, %14") \
-  SAMOYEDS_WGMMA(32, 16, dtype, "%16, %17, %18, %19", "%20, %21, %22") \
-  SAMOYEDS_WGMMA(48, 24, dtype, "%24, %25, %26, %27", "%28, %29, %30") \
-  SAMOYEDS_WGMMA(64, 32, dtype, "%32, %33, %34, %35", "%36, %37, %38") \
-  SAMOYEDS_WGMMA(80, 40, dtype, "%40, %41, %42, %43", "%44, %45, %46") \
-  SAMOYEDS_WGMMA(96, 48, dtype, "%48, %49, %50, %51", "%52, %53, %54") \
-  SAMOYEDS_WGMMA(112, 56, dtype, "%56, %57, %58, %59", "%60, %61, %62") \
-  SAMOYEDS_WGMMA(128, 64, dtype, "%64, %65, %66, %67", "%68, %69, %70") \
-  SAMOYEDS_WGMMA(144, 72, dtype, "%72, %73, %74, %75", "%76, %77, %78") \
-  SAMOYEDS_WGMMA(160, 80, dtype, "%80, %81, %82, %83", "%84, %85, %86") \
-  SAMOYEDS_WGMMA(176, 88, dtype, "%88, %89, %90, %91", "%92, %93, %94") \
-  SAMOYEDS_WGMMA(192, 96, dtype, "%96, %97, %98, %99", "%100, %101, %102")
+  SAMOYEDS_WGMMA(16, 8, dtype, "%8, %9, %10, %11", "%12, %13, %14", "%15") \
+  SAMOYEDS_WGMMA(32, 16, dtype, "%16, %17, %18, %19", "%20, %21, %22", "%23") \
+  SAMOYEDS_WGMMA(48, 24, dtype, "%24, %25, %26, %27", "%28, %29, %30", "%31") \
+  SAMOYEDS_WGMMA(64, 32, dtype, "%32, %33, %34, %35", "%36, %37, %38", "%39") \
+  SAMOYEDS_WGMMA(80, 40, dtype, "%40, %41, %42, %43", "%44, %45, %46", "%47") \
+  SAMOYEDS_WGMMA(96, 48, dtype, "%48, %49, %50, %51", "%52, %53, %54", "%55") \
+  SAMOYEDS_WGMMA(112, 56, dtype, "%56, %57, %58, %59", "%60, %61, %62", "%63") \
+  SAMOYEDS_WGMMA(128, 64, dtype, "%64, %65, %66, %67", "%68, %69, %70", "%71") \
+  SAMOYEDS_WGMMA(144, 72, dtype, "%72, %73, %74, %75", "%76, %77, %78", "%79") \
+  SAMOYEDS_WGMMA(160, 80, dtype, "%80, %81, %82, %83", "%84, %85, %86", "%87") \
+  SAMOYEDS_WGMMA(176, 88, dtype, "%88, %89, %90, %91", "%92, %93, %94", "%95") \
+  SAMOYEDS_WGMMA(192, 96, dtype, "%96, %97, %98, %99", "%100, %101, %102", "%103")
 // clang-format on
 
-// d += A * B without waiting: A is 64x32 with 2 of every 4 kept, a warp's 16 rows in registers as
-// for mma.sp; B is 32 x kTokens in shared memory. d[4j + i]: as an m16n8 fragment of tokens 8j on.
-// Neither d nor a may be touched before its group is waited for.
+// d += A * B, or d = A * B, without waiting: A is 64x32 with 2 of every 4 kept, a warp's 16 rows in
+// registers as for mma.sp; B is 32 x kTokens in shared memory. d[4j + i]: as an m16n8 fragment of
+// tokens 8j on. Neither d nor a may be touched before its group is waited for.
 template <typename T, int kTokens, int kSelector, int kSize>
 __device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const uint4& a,
-                                                      std::uint64_t b, std::uint32_t meta) {
+                                                      std::uint64_t b, std::uint32_t meta,
+                                                      bool adds) {
   static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
   static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -175,7 +178,7 @@ template <int kCount, int kSize>
 __device__ __forceinline__ void wgmma_wait_for(float (&)[kSize]) {}
 template <typename T, int kTokens, int kSelector, int kSize>
 __device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], const uint4&, std::uint64_t,
-                                                      std::uint32_t) {}
+                                                      std::uint32_t, bool) {}
 #endif
 
 // Operand B at an address in shared memory that is a multiple of 1024, and `offset` bytes beyond:
