@@ -342,11 +342,15 @@ def test_table(lab: ModuleType) -> None:
         row_of(1.01, cell("1:2:32", "admm+refine", ideas="columns"), bytes=0.29),
         row_of(1.05, cell("1:2:32", recovery="distill"), bytes=0.28906),
         row_of(1.0802, cell("1:2:32", path="samoyeds"), seed=1),
+        row_of(1.06, cell("1:2:128", recovery="distill")),
+        row_of(1.045, cell("1:2:128", recovery="block+distill")),
     ]
     lines = lab.table.markdown(rows).splitlines()
     assert "| 1:2:32 | one-shot | 1.110 | 1.090 | 1.100 (2 seeds) | best | must |" in lines
     assert "| 1:2:32 | distilled | 1.035 | 1.025 | 1.050 (1 seed) | best | missed |" in lines
     assert "| 2:4 | one-shot | 1.015 | 1.010 | - | - | - |" in lines
+    blocks_first = "1.045 (1 seed) | best, after block recovery | must |"
+    assert f"| 1:2:128 | distilled | 1.050 | 1.035 | {blocks_first}" in lines
     recipe = next(line for line in lines if "best recipe" in line and "one-shot" in line)
     # columns has more bytes; the bound is VENOM by the same method
     assert "| 1.090 (VENOM) | 1.070 | 1.085 (1 seed) | 1:2:32 admm+refine, uneven |" in recipe
