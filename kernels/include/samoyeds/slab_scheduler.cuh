@@ -55,8 +55,8 @@ struct SlabWork {
 // with the first it is told what it is of, and it gives the memory back: the own buffer, then the
 // panels. Where none does, that warp brings the rows' numbers.
 //
-// Which item comes next is looked up by the warps that load, and told with the weights of its first
-// block: it takes the warps that multiply some 1000 clocks, and they have nothing else to do then.
+// Which item comes next the warps that load look up, and tell with the weights of its first block:
+// those that multiply would spend some 1000 clocks on it between two items.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
