@@ -6,10 +6,6 @@
 
 namespace samoyeds {
 
-// Two warps, ahead of those that multiply by as many slots as there are, into the next items too.
-// Few copies a slot, as the copy engine spends time on each: with one for each tile of weights, ten
-// instead of three, products took up to 9 % longer.
-
 // After the last item, by the warp that announces weights.
 template <class Buffers>
 __device__ void announce_end(const Buffers& buffers, const Turn& turn) {
@@ -19,6 +15,10 @@ __device__ void announce_end(const Buffers& buffers, const Turn& turn) {
     ptx::arrive(buffers.full_weights(turn.slot));
   }
 }
+
+// Two warps, ahead of those that multiply by as many slots as there are, into the next items too.
+// Few copies a slot, as the copy engine spends time on each: with one for each tile of weights, ten
+// instead of three, products took up to 9 % longer.
 
 template <class Shape, class Buffers>
 __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
@@ -82,7 +82,7 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
           if (block == 0) buffers.put_item(turn.slot, work);
           ptx::arrive_expecting(buffers.full_weights(turn.slot), count * layout.block_bytes);
         }
-        // Contiguous: where it is two slabs, the first is even, see SlabScheduler::at().
+        // Contiguous: where it is two slabs, the first is even, see SlabScheduler::existing().
         for (int tile = 0; tile < count; tile += kBundleTiles) {
           const int bytes = min(kBundleTiles, count - tile) * layout.block_bytes;
           ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileBytes,

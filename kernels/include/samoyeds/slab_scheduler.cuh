@@ -55,8 +55,8 @@ struct SlabWork {
 // with the first it is told what it is of, and it gives the memory back: the own buffer, then the
 // panels. Where none does, that warp brings the rows' numbers.
 //
-// Which item comes next the warps that load look up, and tell with the weights of its first block:
-// those that multiply would spend some 1000 clocks on it between two items.
+// The warps that load look up which item comes next, and say so with the weights of its first
+// block: those that multiply would spend some 1000 clocks on that between two items.
 template <class Shape, int kSwitchPeriod>
 struct HopperBuffers {
   static constexpr int kSlabTiles = kSwitchPeriod == 0 ? 8 : 4;  // of 16 kept rows
@@ -74,10 +74,9 @@ struct HopperBuffers {
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
   static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses;
-  static constexpr int kItemBytes = 8;  // SlabWork but for its expert
-  static constexpr int kResultsBytes =
-      16;                                  // of which item a warpgroup's results are, its last slot
-  static constexpr int kAlignment = 1024;  // of swizzled rows
+  static constexpr int kItemBytes = 8;      // SlabWork but for its expert
+  static constexpr int kResultsBytes = 16;  // whose results a warpgroup's are: item, last slot
+  static constexpr int kAlignment = 1024;   // of swizzled rows
   static constexpr int kBytes = kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
                                 Shape::kGroups * (kPassBytes + kNumbersBytes + kResultsBytes) +
                                 kSlots * kItemBytes + kBarriers * 8;
@@ -193,8 +192,7 @@ struct HopperBuffers {
   __device__ __forceinline__ static void wait_until_free(int group) {
     ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
   }
-  // Where a warp brings the numbers of rows instead, by a warpgroup and by that warp: they are
-  // read.
+  // By a warpgroup that stores rows, and by the warp that brings their numbers: they are read.
   __device__ __forceinline__ static void let_numbers_go(int group) {
     ptx::arrive_some(kNumbersBarrier + group, kGroupThreads + kWarpThreads);
   }
