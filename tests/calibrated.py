@@ -18,6 +18,7 @@ from samoyeds_hf import SamoyedsConfig
 from samoyeds_hf.pruning.calibration import Calibration, load_calibration
 
 SAMPLES, LENGTH = 10, 12  # batches of 8 and 2 sequences
+SHARD_SIZE = 30_000  # bytes, a quarter of a layer
 _LETTERS = string.ascii_letters + string.digits + string.punctuation + " \n"  # 96 of them
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from calibrated import calibrated, save_source, write_text
+from calibrated import SHARD_SIZE, calibrated, save_source, write_text
 from checkpoints import convert, files_in
 from tiny_models import MIXTRAL, Family
 
 from samoyeds_hf.pruning import layer
 
-SHARD_SIZE = 30_000
 # Three layers: one that is interrupted lies between two others.
 THREE = Family(
     "three", "Mixtral", {**MIXTRAL.settings, "num_hidden_layers": 3, "num_local_experts": 2}

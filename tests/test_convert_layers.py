@@ -13,6 +13,7 @@ import torch
 from calibrated import (
     LENGTH,
     SAMPLES,
+    SHARD_SIZE,
     calibrated,
     letters_tokenizer,
     save_source,
@@ -31,7 +32,6 @@ from checkpoints import (
     load_as_auto,
     refused,
 )
-from layerwise import SHARD_SIZE
 from safetensors.torch import save_file
 from test_hosts import HUB_CONFIG, hub_weights
 from tiny_models import (

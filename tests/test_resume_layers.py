@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import test_convert_failures as failures
 import torch
-from calibrated import LENGTH, SAMPLES, calibrated
+from calibrated import LENGTH, SAMPLES, SHARD_SIZE, calibrated
 from checkpoints import SINGLE, convert, files_in, headers, refused
-from layerwise import SHARD_SIZE
 from safetensors.torch import load_file, save_file
 from tiny_models import PATTERN
 
