@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import plans
 import pytest
@@ -207,12 +209,13 @@ def test_rows_of_products(
         ("2:4", "cuSPARSELt"): took(90),
         ("1:2:128", "samoyeds"): took(50),
         ("1:2:64", "samoyeds"): took(65),
+        ("", "cuBLAS kernel"): took(120),
         ("1:2:64", "samoyeds kernel"): took(60),
     }
     target = bench.targets.ProductTarget(dense=2.5, cusparselt=1.7)
     monkeypatch.setitem(bench.targets.PRODUCT_TARGETS, str(product), {"1:2:128": target})
-    rows = [bench.bench_ssmm.row_of(product, found, *key, runs=3) for key in found]
-    dense, rival, ours, finer, alone = rows
+    rows = [bench.bench_ssmm.row_of(product, found, *key, rest_ms=0, runs=3) for key in found]
+    dense, rival, ours, finer, dense_alone, alone = rows
     assert dense["tflops"] == "769.2"
     assert (dense["x_cusparselt"], dense["share_of_ceiling"], dense["met"]) == ("0.692", "", "")
     assert (rival["x_dense"], rival["x_cusparselt"]) == ("1.444", "1.000")
@@ -220,6 +223,8 @@ def test_rows_of_products(
     assert (ours["x_dense"], ours["x_cusparselt"], ours["met"]) == ("2.600", "1.800", "yes")
     assert ours["share_of_ceiling"] == f"{2000 / 3400:.3f}"
     assert (finer["x_1:2:128"], finer["target"], finer["met"]) == ("0.769", "0.8x 1:2:128", "no")
+    assert (dense_alone["x_dense"], dense_alone["includes"]) == ("1.000", "product")
+    assert alone["x_dense"] == "2.000"  # of dense measured in the same way
     assert (alone["x_1:2:128"], alone["met"]) == ("", "")  # its kernel was not seen there
 
     pytest.importorskip("matplotlib")
@@ -230,28 +235,81 @@ def test_rows_of_products(
     assert path.with_suffix(".png").exists()
 
 
-def test_kernels_that_start_early_count_from_when_they_can(bench: ModuleType) -> None:
+def test_kernels_of_paths_in_turn(bench: ModuleType) -> None:
+    timing = bench.timing
+    flush = f"void {timing.FLUSH_KERNEL}<512, 1>"
     kernels = [
-        ("void hopper_kernel<2>(SsmmArgs)", 12.0, 40.0),  # waits for the copy until 20
-        ("gather_kernel(Gather)", 10.0, 20.0),
-        ("reduce_kernel", 0.0, 9.0),
-        ("void hopper_kernel<2>(SsmmArgs)", 55.0, 80.0),
+        ("fill_kernel", 0.0, 1.0),  # before the first flush: not of a path
+        (flush, 1.0, 8.0),
+        (flush, 8.0, 9.0),  # its second half
+        ("nvjet_dense", 11.0, 20.0),
+        ("splitKreduce_kernel", 20.0, 23.0),
+        ("nvjet_dense", 23.0, 33.0),
+        (flush, 33.0, 40.0),
+        ("void hopper_kernel<2>(SsmmArgs)", 47.0, 70.0),  # early: it waits for the copy until 50
+        ("gather_kernel(Gather)", 41.0, 50.0),
+        ("void hopper_kernel<2>(SsmmArgs)", 75.0, 100.0),
     ]
-    assert bench.timing.alone_us(kernels, ("hopper_kernel", "ssmm_kernel")) == [20.0, 25.0]
-    assert bench.timing.alone_us(kernels, ("ssmm_kernel",)) == []
+    dense, ours = timing.alone_us(reversed(kernels))
+    assert dense == [("nvjet_dense", 9), ("splitKreduce_kernel", 3), ("nvjet_dense", 10)]
+    assert timing.samples_of([dense], 2, ()) == [11.0]
+    assert timing.samples_of([ours], 2, ("hopper_kernel", "ssmm_kernel")) == [20.0, 25.0]
+    assert timing.samples_of([ours], 2, ("ssmm_kernel",)) == []
+
+
+def test_paths_run_in_turn(bench: ModuleType) -> None:
+    calls: list[str] = []
+    paths = [[lambda name=name: calls.append(name)] * 2 for name in "ab"]
+    first, _ = bench.timing.Clock(CPU).in_turn(paths)
+    assert calls == ["a", "a", "b", "b"] * bench.timing.CPU_ROUNDS
+    assert first.mhz is None
+    assert first.time.p20 <= first.time.p50 <= first.time.p80
+
+
+def test_the_faster_result_of_the_rival_counts(bench: ModuleType) -> None:
+    def took(time_us: float) -> object:
+        return bench.bench_ssmm.Measured(bench.timing.Time(1, time_us, 999))
+
+    found = {
+        ("", "cuBLAS"): took(3),
+        ("2:4", "cuSPARSELt"): took(2),
+        ("2:4", "cuSPARSELt, by columns"): took(1),
+        ("2:4", "samoyeds"): took(4),
+    }
+    kept = bench.bench_ssmm.faster_rival(found)
+    assert {key: each.time.p50 for key, each in kept.items()} == {
+        ("", "cuBLAS"): 3,
+        ("2:4", "cuSPARSELt"): 1,
+        ("2:4", "samoyeds"): 4,
+    }
+
+
+RIVAL = """
+#include <stdint.h>
+#include <stdlib.h>
+static int64_t sizes[5];
+const char* products_create(int64_t m, int64_t n, int64_t k, int runs, int by_columns, void** out) {
+  if (m % 16) return "m must be a multiple of 16";
+  sizes[0] = m, sizes[1] = n, sizes[2] = k, sizes[3] = runs, sizes[4] = by_columns;
+  *out = calloc(runs, sizeof(int));
+  return 0;
+}
+const char* products_multiply(void* products, int i, void* stream) {
+  if (i >= sizes[3] || stream != (void*)7) return "no such product";
+  ++((int*)products)[i];
+  return 0;
+}
+int64_t size(int i) { return sizes[i]; }
+int times(void* products, int i) { return ((int*)products)[i]; }
+void products_destroy(void* products) { free(products); }
+"""
 
 
 @pytest.fixture
 def rival(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler, beside a package; it and its programs keep their arguments in .log files."""
+    """A compiler, beside a package; it keeps its arguments in a file."""
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text(
-        "#!/bin/sh\n"
-        'echo "$@" > "$0.log"\n'
-        'while [ "$1" != -o ]; do shift; done\n'
-        """printf '#!/bin/sh\\necho "$@" > "$0.log"; echo 1,2,3,4,rows,10.5,11.25,12\\n' > "$2"\n"""
-        'chmod +x "$2"\n'
-    )
+    nvcc.write_text('#!/bin/sh\necho "$@" > "$0.log"\n')
     nvcc.chmod(0o755)
     packages = tmp_path / "nvidia"
     for name in ("cusparselt/lib/libcusparseLt.so.0", "cu13/include/cusparse.h"):
@@ -264,30 +322,50 @@ def rival(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return nvcc
 
 
-def test_rival(bench: ModuleType, rival: Path, tmp_path: Path) -> None:
-    program = bench.cusparselt.compile_program(tmp_path, torch.device("cuda"))
+def test_rival_is_compiled(bench: ModuleType, rival: Path, tmp_path: Path) -> None:
+    library = bench.cusparselt.compile_library(tmp_path, torch.device("cuda"))
     command = rival.with_suffix(".log").read_text().split()
     assert "-arch=sm_90" in command
+    assert "-shared" in command
     assert str(BENCH / "cusparselt.cu") in command
+    assert str(library) == command[command.index("-o") + 1]
     assert str(tmp_path / "nvidia" / "cu13" / "include") == command[command.index("-isystem") + 1]
-    found = bench.cusparselt.measure(program, 128, 64, 256, 3)
-    assert found == bench.timing.Time(10.5, 11.25, 12)
-    assert program.with_suffix(".log").read_text().split() == ["128", "64", "256", "3"]
 
 
 def test_rival_that_is_missing_or_fails(bench: ModuleType, rival: Path, tmp_path: Path) -> None:
     cuda = torch.device("cuda")
     with pytest.raises(BuildError, match="needs a CUDA device, found cpu"):
-        bench.cusparselt.compile_program(tmp_path, CPU)
+        bench.cusparselt.compile_library(tmp_path, CPU)
     rival.write_text("#!/bin/sh\necho no such header >&2; exit 1\n")
     with pytest.raises(BuildError, match=r"failed on cusparselt\.cu:\nno such header"):
-        bench.cusparselt.compile_program(tmp_path, cuda)
-    with pytest.raises(RuntimeError, match="no such header"):
-        bench.cusparselt.measure(rival, 128, 64, 256, 3)
+        bench.cusparselt.compile_library(tmp_path, cuda)
     (tmp_path / "nvidia" / "cusparselt" / "lib" / "libcusparseLt.so.0").unlink()
     with pytest.raises(BuildError, match="needs the package that torch comes with, found none"):
-        bench.cusparselt.compile_program(tmp_path, cuda)
+        bench.cusparselt.compile_library(tmp_path, cuda)
     assert bench.bench_ssmm.compile_rival(tmp_path, cuda) is None  # the rest is measured without
+
+
+def test_rival_multiplies(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions of cusparselt.cu, in C and with nothing behind them."""
+    source, library = tmp_path / "rival.c", tmp_path / "librival.so"
+    source.write_text(RIVAL)
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    functions = ctypes.CDLL(str(library))
+    functions.times.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7), raising=True
+    )
+    products = bench.cusparselt.Products(library, 128, 64, 256, 3, is_by_columns=True)
+    assert [functions.size(i) for i in range(5)] == [128, 64, 256, 3, 1]
+    steps = products.steps()
+    assert len(steps) == 3
+    for step in [*steps, steps[1]]:
+        step()
+    assert [functions.times(products._products, i) for i in range(3)] == [1, 2, 1]
+    with pytest.raises(RuntimeError, match="m must be a multiple of 16"):
+        bench.cusparselt.Products(library, 100, 64, 256, 3, is_by_columns=False)
 
 
 @pytest.mark.parametrize("model", ["mixtral-8x7b", "qwen1.5-moe"])

@@ -1,38 +1,28 @@
 // The 2:4 product of cuSPARSELt through its C API, as a user gets it at best: the plan made once
-// and searched, the result by rows or by columns, whichever is faster. cusparselt.py compiles and
-// runs it.
+// and searched. cusparselt.py compiles it to a library and calls it.
 //
-//   cusparselt 14336 4096 4096 8     m (out features), n (tokens), k (in features), runs; and more
-//
-// D [m, n] = A [m, k] * B [k, n], bf16, random; A 2:4, B by columns, so that a token is contiguous.
-// A CSV line for each four numbers: m,n,k,runs,result,p20_us,p50_us,p80_us. As in timing.py: `runs`
-// products with weights and tokens of their own are timed together and the time is divided. Before
-// them 1 GB is read, which leaves nothing of theirs in the L2, and behind which their launches
-// hide.
+// D [m, n] = A [m, k] * B [k, n], bf16, random; A 2:4, B by columns, so that a token is contiguous,
+// D by rows or by columns. Each of the functions at the end returns what went wrong, or null.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cusparseLt.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace {
 
 using Element = __nv_bfloat16;
 
-constexpr int kReplays = 25;
-constexpr std::size_t kFlushBytes = std::size_t{1} << 30;
-constexpr int kBlocks = 1056, kThreads = 256;  // of the kernels below: all of an H200
+constexpr int kBlocks = 1056, kThreads = 256;  // of the kernel below: all of an H200
 constexpr std::uint32_t kAlignment = 16;       // bytes
 
 void check(bool is_good, const char* call, const char* why) {
-  if (is_good) return;
-  std::fprintf(stderr, "cusparselt: %s: %s\n", call, why);
-  std::exit(1);
+  if (!is_good) throw std::runtime_error(std::string(call) + ": " + why);
 }
 
 void check(cudaError_t code, const char* call) {
@@ -84,40 +74,14 @@ Buffer<Element> random_matrix(std::int64_t count, float deviation) {
   return matrix;
 }
 
-__global__ void read_all(const uint4* data, std::size_t count, unsigned* found) {
-  const std::size_t stride = std::size_t{gridDim.x} * blockDim.x;
-  unsigned bits = 0;
-  for (std::size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
-    bits |= data[i].x | data[i].y | data[i].z | data[i].w;
-  }
-  if (bits) *found = bits;  // never: it is all zeros
-}
-
-struct Flush {
-  Buffer<uint4> data = allocate<uint4>(kFlushBytes / sizeof(uint4));
-  Buffer<unsigned> found = allocate<unsigned>(1);
-
-  Flush() { CHECK(cudaMemset(data.get(), 0, kFlushBytes)); }
-
-  void operator()() const {
-    read_all<<<kBlocks, kThreads>>>(data.get(), kFlushBytes / sizeof(uint4), found.get());
-    CHECK(cudaGetLastError());
-  }
-};
-
 // --- the product ---------------------------------------------------------------------------------
 
-struct Shape {
-  std::int64_t m, n, k;
-  int runs;
-};
-
-// `runs` products with weights and tokens of their own, and one plan.
+// Products with weights and tokens of their own, and one plan.
 class Products {
  public:
-  Products(const cusparseLtHandle_t& handle, const Shape& shape, cusparseOrder_t order)
-      : handle_(handle), shape_(shape), result_(allocate<Element>(shape.m * shape.n)) {
-    const auto& [m, n, k, runs] = shape;
+  Products(std::int64_t m, std::int64_t n, std::int64_t k, int count, cusparseOrder_t order)
+      : m_(m), k_(k), result_(allocate<Element>(m * n)) {
+    CHECK(cusparseLtInit(&handle_));
     const std::int64_t leading = order == CUSPARSE_ORDER_COL ? m : n;
     CHECK(cusparseLtStructuredDescriptorInit(&handle_, &a_, m, k, k, kAlignment, CUDA_R_16BF,
                                              CUSPARSE_ORDER_ROW, CUSPARSELT_SPARSITY_50_PERCENT));
@@ -131,11 +95,12 @@ class Products {
     CHECK(cusparseLtMatmulAlgSelectionInit(&handle_, &selection_, &product_,
                                            CUSPARSELT_MATMUL_ALG_DEFAULT));
     CHECK(cusparseLtMatmulPlanInit(&handle_, &plan_, &product_, &selection_));
-    for (int run = 0; run < runs; ++run) {
+    for (int i = 0; i < count; ++i) {
       weights_.push_back(sparse_weight());
       tokens_.push_back(random_matrix(k * n, 1.f));
     }
     search();
+    CHECK(cudaStreamSynchronize(stream_));
   }
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
@@ -144,20 +109,19 @@ class Products {
     cusparseLtMatmulPlanDestroy(&plan_);
     cusparseLtMatmulAlgSelectionDestroy(&selection_);
     for (const auto* matrix : {&a_, &b_, &d_}) cusparseLtMatDescriptorDestroy(matrix);
+    cusparseLtDestroy(&handle_);
   }
 
-  void operator()() {
-    for (int run = 0; run < shape_.runs; ++run) {
-      CHECK(cusparseLtMatmul(&handle_, &plan_, &kOne, weights_[run].get(), tokens_[run].get(),
-                             &kZero, result_.get(), result_.get(), workspace_.get(), &stream_, 1));
-    }
+  void multiply(int i, cudaStream_t stream) {
+    CHECK(cusparseLtMatmul(&handle_, &plan_, &kOne, weights_.at(i).get(), tokens_.at(i).get(),
+                           &kZero, result_.get(), result_.get(), workspace_.get(), &stream, 1));
   }
 
  private:
   static constexpr float kOne = 1.f, kZero = 0.f, kWeightDeviation = 0.02f;
 
   Buffer<std::uint8_t> sparse_weight() {
-    const Buffer<Element> dense = random_matrix(shape_.m * shape_.k, kWeightDeviation);
+    const Buffer<Element> dense = random_matrix(m_ * k_, kWeightDeviation);
     std::size_t num_bytes = 0, scratch_bytes = 0;
     CHECK(cusparseLtSpMMAPrune(&handle_, &product_, dense.get(), dense.get(),
                                CUSPARSELT_PRUNE_SPMMA_STRIP, stream_));
@@ -179,8 +143,8 @@ class Products {
     workspace_ = allocate<std::uint8_t>(num_bytes);
   }
 
-  const cusparseLtHandle_t& handle_;
-  const Shape shape_;
+  const std::int64_t m_, k_;
+  cusparseLtHandle_t handle_;
   cusparseLtMatDescriptor_t a_, b_, d_;
   cusparseLtMatmulDescriptor_t product_;
   cusparseLtMatmulAlgSelection_t selection_;
@@ -192,63 +156,37 @@ class Products {
   Buffer<std::uint8_t> workspace_;
 };
 
-// --- time ----------------------------------------------------------------------------------------
+// --- functions for Python ------------------------------------------------------------------------
 
-struct Time {
-  float p20, p50, p80;  // microseconds of one product
-};
-
-Time measure(Products& products, int runs, const Flush& flush) {
-  cudaEvent_t start, end;
-  CHECK(cudaEventCreate(&start));
-  CHECK(cudaEventCreate(&end));
-  products();
-  std::vector<float> samples(kReplays);
-  for (float& sample : samples) {
-    flush();
-    CHECK(cudaEventRecord(start));
-    products();
-    CHECK(cudaEventRecord(end));
-    CHECK(cudaEventSynchronize(end));
-    CHECK(cudaEventElapsedTime(&sample, start, end));
-    sample *= 1e3f / static_cast<float>(runs);
+template <typename Call>
+const char* error_of(Call&& call) {
+  static thread_local std::string text;
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
   }
-  CHECK(cudaEventDestroy(start));
-  CHECK(cudaEventDestroy(end));
-  std::sort(samples.begin(), samples.end());
-  return {samples[kReplays / 5], samples[kReplays / 2], samples[kReplays * 4 / 5]};
-}
-
-void print_faster(const cusparseLtHandle_t& handle, const Shape& shape, const Flush& flush) {
-  Time times[2];
-  const cusparseOrder_t orders[] = {CUSPARSE_ORDER_ROW, CUSPARSE_ORDER_COL};
-  for (int i = 0; i < 2; ++i) {
-    Products products(handle, shape, orders[i]);
-    times[i] = measure(products, shape.runs, flush);
-  }
-  const bool is_by_columns = times[1].p50 < times[0].p50;
-  const Time& time = times[is_by_columns];
-  std::printf("%lld,%lld,%lld,%d,%s,%.2f,%.2f,%.2f\n", static_cast<long long>(shape.m),
-              static_cast<long long>(shape.n), static_cast<long long>(shape.k), shape.runs,
-              is_by_columns ? "columns" : "rows", time.p20, time.p50, time.p80);
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  check(argc > 1 && argc % 4 == 1, "arguments", "m n k runs, and more such fours");
-  cusparseLtHandle_t handle;
-  CHECK(cusparseLtInit(&handle));
-  {
-    const Flush flush;
-    for (int i = 1; i < argc; i += 4) {
-      const Shape shape{std::atoll(argv[i]), std::atoll(argv[i + 1]), std::atoll(argv[i + 2]),
-                        std::atoi(argv[i + 3])};
-      check(shape.m > 0 && shape.n > 0 && shape.k > 0 && shape.runs > 0, "arguments",
-            "m, n, k and runs must be positive numbers");
-      print_faster(handle, shape, flush);
-    }
-  }
-  CHECK(cusparseLtDestroy(&handle));
-  return 0;
+extern "C" {
+
+const char* products_create(std::int64_t m, std::int64_t n, std::int64_t k, int count,
+                            int is_by_columns, void** products) {
+  return error_of([&] {
+    const cusparseOrder_t order = is_by_columns ? CUSPARSE_ORDER_COL : CUSPARSE_ORDER_ROW;
+    *products = new Products(m, n, k, count, order);
+  });
 }
+
+// Number i, launched on a stream.
+const char* products_multiply(void* products, int i, cudaStream_t stream) {
+  return error_of([&] { static_cast<Products*>(products)->multiply(i, stream); });
+}
+
+void products_destroy(void* products) { delete static_cast<Products*>(products); }
+
+}  // extern "C"

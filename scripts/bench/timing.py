@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +13,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 FLUSH_BYTES = 1 << 30  # many times the 60 MB L2 of an H200; takes about 0.25 ms to read
+FLUSH_KERNEL = "at::native::reduce_kernel"  # what reads them
 MIN_REPLAYS, MAX_REPLAYS = 12, 50
-LOAD_US = 50e3  # under which the clock is read
+CPU_ROUNDS = 3
 
 Run = Callable[[], object]
 
@@ -34,6 +34,14 @@ class Time:
         return cls(quantiles[0], statistics.median(samples), quantiles[3])
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What a path's steps took, one step each, in turn with the other paths."""
+
+    time: Time
+    mhz: int | None = None  # clock of the SMs, the median
+
+
 class Clock:
     """Times steps. On CUDA one graph holds them all, and a sample is a replay's time by events.
 
@@ -41,77 +49,109 @@ class Clock:
     Before each replay 1 GB is read: nothing of the replay before is left in the L2, and no dirty
     lines are written back during the next one, as they would be after a fill. The launch of the
     graph hides behind that read. On a CPU the steps run one by one under a wall clock.
+
+    ``rest_s`` is how long the device does nothing before each replay. Without a rest it may come to
+    its power limit, and lowers its clock.
     """
 
     def __init__(
-        self, device: torch.device, budget_ms: float = 60, min_replays: int = MIN_REPLAYS
+        self,
+        device: torch.device,
+        budget_ms: float = 60,
+        min_replays: int = MIN_REPLAYS,
+        rest_s: float = 0,
     ) -> None:
         self.device, self.budget_ms, self.min_replays = device, budget_ms, min_replays
+        self.rest_s = rest_s
         elements = FLUSH_BYTES // 4 if device.type == "cuda" else 0
-        self._flush = torch.ones(elements, dtype=torch.int32, device=device)
+        # Of a type that sums need not convert: that would be a kernel more, and write.
+        self._flush = torch.ones(elements, dtype=torch.float32, device=device)
 
     def __call__(self, steps: Sequence[Run]) -> Time:
+        return self.in_turn([steps])[0].time
+
+    def in_turn(self, paths: Sequence[Sequence[Run]]) -> list[Turns]:
+        """Of each path's steps: a replay of the first path, one of the second, and so on, again.
+
+        All of them meet the same clock of the card, which changes with what it has just done.
+        """
         if self.device.type != "cuda":
-            return self._wall_clock(steps)
-        graph = capture(steps)
-        self._replay_us(graph)
-        num_replays = self._num_replays(self._replay_us(graph))
-        samples = [self._replay_us(graph) / len(steps) for _ in range(num_replays)]
-        return Time.of(samples)
+            return self._wall_clock(paths)
+        graphs = [capture(steps) for steps in paths]
+        for graph in graphs:
+            self._replay_us(graph)
+        rounds = self._num_replays(sum(self._replay_us(graph) for graph in graphs))
+        read_mhz = sm_clock(self.device)
+        times: list[list[float]] = [[] for _ in paths]
+        mhz: list[list[int | None]] = [[] for _ in paths]
+        for _ in range(rounds):
+            for i, (graph, steps) in enumerate(zip(graphs, paths, strict=True)):
+                found = mhz[i]
+                time_us = self._replay_us(graph, lambda found=found: found.append(read_mhz()))
+                times[i].append(time_us / len(steps))
+        return [Turns(Time.of(times[i]), median_mhz(mhz[i])) for i in range(len(paths))]
 
-    def kernel(self, steps: Sequence[Run], names: Sequence[str]) -> Time | None:
-        """Of the kernel alone that each step has with one of ``names``, by the profiler (CUPTI).
+    def kernels_in_turn(
+        self, paths: Sequence[tuple[Sequence[Run], Sequence[str]]]
+    ) -> list[Time | None]:
+        """Of each path's kernels alone, by the profiler (CUPTI); None where it does not see them.
 
-        The steps are launched one by one, in the same order and behind the same flush; what an
-        earlier kernel of the step has left in the L2 is there. None where no such kernel is seen.
+        A path is its steps and parts of names: of its kernels those with one of them count. With no
+        names all of a step's kernels do, together. The steps are launched one by one, behind the
+        same flush, and the paths in turn; what an earlier kernel of a step has left in the L2 is
+        there.
         """
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             for _ in range(self.min_replays):
-                self._flush.sum()
-                for step in steps:
-                    step()
+                for steps, _ in paths:
+                    self._rest()
+                    self._flush.sum()
+                    for step in steps:
+                        step()
             torch.cuda.synchronize()
-        samples = alone_us(
-            (
-                (event.name, event.time_range.start, event.time_range.end)
-                for event in profiled.events()
-                if event.device_type == DeviceType.CUDA
-            ),
-            names,
+        turns = alone_us(
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiled.events()
+            if event.device_type == DeviceType.CUDA
         )
-        return Time.of(samples) if len(samples) >= self.min_replays else None
-
-    def mhz(self, steps: Sequence[Run], step_us: float) -> int | None:
-        """Clock of the SMs while the steps run on, each of them about ``step_us`` long."""
-        if sm_clock_mhz(self.device) is None:
-            return None
-        for _ in range(math.ceil(LOAD_US / (step_us * len(steps)))):
-            for step in steps:
-                step()
-        mhz = sm_clock_mhz(self.device)
-        torch.cuda.synchronize()
-        return mhz
+        if len(turns) != self.min_replays * len(paths):
+            return [None] * len(paths)
+        found = []
+        for i, (steps, names) in enumerate(paths):
+            samples = samples_of(turns[i :: len(paths)], len(steps), names)
+            found.append(Time.of(samples) if len(samples) >= self.min_replays else None)
+        return found
 
     def _num_replays(self, time_us: float) -> int:
         return max(self.min_replays, min(MAX_REPLAYS, int(self.budget_ms * 1e3 / time_us)))
 
-    def _replay_us(self, graph: torch.cuda.CUDAGraph) -> float:
+    def _replay_us(self, graph: torch.cuda.CUDAGraph, meanwhile: Run | None = None) -> float:
+        """``meanwhile`` is called while the device works."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._rest()
         self._flush.sum()
         start.record()
         graph.replay()
         end.record()
+        if meanwhile:
+            meanwhile()
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    def _wall_clock(self, steps: Sequence[Run]) -> Time:
-        samples = []
-        for _ in range(3):
-            start = time.perf_counter()
-            for step in steps:
-                step()
-            samples.append((time.perf_counter() - start) * 1e6 / len(steps))
-        return Time.of(samples)
+    def _rest(self) -> None:
+        if self.rest_s:
+            torch.cuda.synchronize()
+            time.sleep(self.rest_s)
+
+    def _wall_clock(self, paths: Sequence[Sequence[Run]]) -> list[Turns]:
+        times: list[list[float]] = [[] for _ in paths]
+        for _ in range(CPU_ROUNDS):
+            for samples, steps in zip(times, paths, strict=True):
+                start = time.perf_counter()
+                for step in steps:
+                    step()
+                samples.append((time.perf_counter() - start) * 1e6 / len(steps))
+        return [Turns(Time.of(samples)) for samples in times]
 
 
 def capture(steps: Sequence[Run]) -> torch.cuda.CUDAGraph:
@@ -126,35 +166,59 @@ def capture(steps: Sequence[Run]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def alone_us(kernels: Iterable[tuple[str, float, float]], names: Sequence[str]) -> list[float]:
-    """Microseconds of the kernels with one of ``names``, from (name, start, end) of all kernels.
+Kernel = tuple[str, float]  # its name, and microseconds
+
+
+def alone_us(kernels: Iterable[tuple[str, float, float]]) -> list[list[Kernel]]:
+    """What ran after each flush, from (name, start, end) of all kernels, in microseconds.
 
     A kernel counts from when those before it have ended: it may start early, and then waits inside.
     """
-    samples, ended = [], 0.0
+    turns: list[list[Kernel]] = []
+    ended = 0.0
     for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
-        if any(part in name for part in names):
-            samples.append(end - max(start, ended))
+        if FLUSH_KERNEL in name:
+            if not turns or turns[-1]:  # a flush may be two kernels
+                turns.append([])
+        elif turns:
+            turns[-1].append((name, end - max(start, ended)))
         ended = max(ended, end)
-    return samples
+    return turns
 
 
-def sm_clock_mhz(device: torch.device) -> int | None:
-    """Clock of the SMs now, by the driver's management library (NVML); None without it."""
-    if device.type != "cuda":
-        return None
+def samples_of(
+    turns: Iterable[Sequence[Kernel]], num_steps: int, names: Sequence[str]
+) -> list[float]:
+    """Microseconds of each kernel with one of ``names``; without names of a step, on average."""
+    if not names:
+        return [sum(us for _, us in kernels) / num_steps for kernels in turns]
+    return [us for kernels in turns for name, us in kernels if any(part in name for part in names)]
+
+
+def sm_clock(device: torch.device) -> Callable[[], int | None]:
+    """Reads the clock of the SMs in MHz, by the driver's management library (NVML).
+
+    What it returns reads None where there is no such library.
+    """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return None
+        return lambda: None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    handle, mhz, sm_clock = ctypes.c_void_p(), ctypes.c_uint(), 1
-    failed = (
-        nvml.nvmlInit_v2()
-        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
-        or nvml.nvmlDeviceGetClockInfo(handle, sm_clock, ctypes.byref(mhz))
-    )
-    return None if failed else mhz.value
+    handle, mhz, of_sms = ctypes.c_void_p(), ctypes.c_uint(), 1
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
+        return lambda: None
+
+    def read() -> int | None:
+        failed = nvml.nvmlDeviceGetClockInfo(handle, of_sms, ctypes.byref(mhz))
+        return None if failed else mhz.value
+
+    return read
+
+
+def median_mhz(found: Sequence[int | None]) -> int | None:
+    read = [each for each in found if each is not None]
+    return round(statistics.median(read)) if read else None
 
 
 def copy_rate(device: torch.device) -> float:
