@@ -17,7 +17,7 @@ import torch
 from samoyeds_hf import SparsityPattern
 from samoyeds_hf.format import SparseWeight, stored_shapes
 
-NAME = "m16k128.v3"
+NAME = "m16k128.v4"
 TILE_ROWS = 16  # kept rows of a tile
 BUNDLE_TILES = 8  # whose blocks lie together
 BLOCK_COLS = 128  # dense columns of a block
@@ -132,18 +132,17 @@ class Layout:
 
 
 def value_byte(row: int, column: int) -> int:
-    """Of a value in its block; column 0..63 counts compressed columns."""
-    step, inside = column // 16, column % 16
-    lane = (row % 8) * 4 + (inside % 8) // 2
-    register = (1 if row >= 8 else 0) + (2 if inside >= 8 else 0)
-    return step * 512 + lane * 16 + register * 4 + (inside % 2) * 2
+    """Of a value in its block; column 0..63 counts compressed columns, eight to a matrix."""
+    start = 0 if row < 8 else 1024 + 128
+    return start + column // 8 * 128 + row % 8 * 16 + column % 8 * 2
 
 
 def nibble_place(row: int, group: int) -> tuple[int, int]:
     """Byte of the 32-bit word in its block, and first bit in the word; group 0..31."""
     step, inside = group // 8, group % 8
     word = (row % 8) * 4 + (step % 2) * 2 + (1 if inside >= 4 else 0)
-    return 2048 + step // 2 * 128 + word * 4, (16 if row >= 8 else 0) + inside % 4 * 4
+    start = 1024 if step < 2 else 1024 + 128 + 1024
+    return start + word * 4, (16 if row >= 8 else 0) + inside % 4 * 4
 
 
 class Places(NamedTuple):

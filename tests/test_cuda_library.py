@@ -470,7 +470,7 @@ def test_text_of_an_error_belongs_to_its_thread() -> None:
 
 def test_names_and_versions() -> None:
     loaded = kernels()
-    assert loaded.layout == "m16k128.v3"
+    assert loaded.layout == "m16k128.v4"
     assert "sm_" in loaded.build_info
     assert functions().samoyeds_abi_version() == interface.ABI_VERSION
     bad = make_launch()

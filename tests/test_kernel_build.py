@@ -125,16 +125,22 @@ DENSE(dense_fp16, "f16")
 """
 
 
-def group_product(name: str, dtype: str, is_sparse: bool, tokens: int) -> str:
-    """A kernel whose single product is that of a warpgroup, which only sm_90a has."""
+def group_product(name: str, dtype: str, is_sparse: bool, is_shared: bool, tokens: int) -> str:
+    """A kernel whose single product is that of a warpgroup, which only sm_90a has.
+
+    is_shared: operand A, too, is in shared memory.
+    """
     count = tokens // 2  # results of a thread
     operands = [f"%{number}" for number in range(count + 6)]
-    results, values = ", ".join(operands[:count]), ", ".join(operands[count:-2])
+    results, values = ", ".join(operands[:count]), f"{{{', '.join(operands[count:-2])}}}"
     kind, k, meta = (".sp", 32, f", {operands[-1]}, 0") if is_sparse else ("", 16, "")
+    plain = "0"  # operands in shared memory that are not transposed
+    if is_shared:
+        values, plain = operands[-2], "0, 0"
     text = (
         "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned; "
         f"wgmma.mma_async{kind}.sync.aligned.m64n{tokens}k{k}.f32.{dtype}.{dtype} "
-        f"{{{results}}}, {{{values}}}, {operands[-2]}{meta}, p, 1, 1, 0; "
+        f"{{{results}}}, {values}, {operands[-2]}{meta}, p, 1, 1, {plain}; "
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
     )
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
@@ -154,10 +160,11 @@ def test_products_are_told_from_each_other(arch: str, tmp_path: Path) -> None:
         for dtype in ("bf16", "fp16")
     }
     if arch == "90a":
-        for dtype, is_sparse, tokens in itertools.product(("bf16", "f16"), (1, 0), (16, 96, 192)):
-            name = f"group_{dtype}_{is_sparse}_{tokens}"
-            source += group_product(name, dtype, bool(is_sparse), tokens)
-            expected[name] = [TensorProduct(bool(is_sparse), tokens)]
+        kinds = itertools.product(("bf16", "f16"), (True, False), (True, False), (16, 96, 192))
+        for dtype, is_sparse, is_shared, tokens in kinds:
+            name = f"group_{dtype}_{is_sparse:d}_{is_shared:d}_{tokens}"
+            source += group_product(name, dtype, is_sparse, is_shared, tokens)
+            expected[name] = [TensorProduct(is_sparse, tokens)]
     (tmp_path / "products.cu").write_text(source)
     command = ["nvcc", f"-arch=sm_{arch}", "-cubin", "products.cu", "-o", "products.cubin"]
     subprocess.run(command, cwd=tmp_path, check=True)
@@ -192,7 +199,7 @@ def products_of(code: bytes) -> Iterator[TensorProduct]:
     for low, high in struct.iter_unpack("<QQ", code):
         if low & 0xFFF == 0x23C:
             yield TensorProduct(high & 0x4200 == 0x4200, 8)
-        if low & 0xFFF == 0xDF0:
+        if low & 0xFFF in (0xDF0, 0x9F0):  # operand A in registers, in shared memory
             yield TensorProduct(high & 0x200 == 0x200, 8 * ((low >> 53 & 31) + 1))
 
 
@@ -224,7 +231,7 @@ def test_exports_are_the_headers_functions(library: Path) -> None:
 def test_library_loads_without_gpu(library: Path) -> None:
     found = KernelLibrary(library)
     assert re.fullmatch(r"compute_90, CUDA \d+\.\d+\.\d+", found.build_info)
-    assert found.layout == "m16k128.v3"
+    assert found.layout == "m16k128.v4"
     assert found.heuristics.count("\n") > 3
     weight = Weight(num_experts=2, rows=64, cols=128, n=1, m=2, v=32)
     num_bytes = found.handle.samoyeds_packed_bytes(ctypes.byref(weight))

@@ -91,9 +91,12 @@ __global__ void __launch_bounds__(kWarpThreads) general_kernel(const __grid_cons
     for (int step = 0; step < kStepsPerBlock; ++step) {
       const int start = block * kBlockCols + step * kStepCols;
       if (start >= l.cols) break;
-      const uint4 values = *reinterpret_cast<const uint4*>(weights + step * kStepBytes + lane * 16);
-      const std::uint32_t meta = *reinterpret_cast<const std::uint32_t*>(
-          weights + kMetaOffset + step / 2 * kMetaPairBytes + lane * 4);
+      const auto word = [&](int offset) {
+        return *reinterpret_cast<const std::uint32_t*>(weights + offset + lane * 4);
+      };
+      const uint4 values = {word(matrix_offset(step, 0)), word(matrix_offset(step, 1)),
+                            word(matrix_offset(step, 2)), word(matrix_offset(step, 3))};
+      const std::uint32_t meta = word(meta_pair_offset(step / 2));
       std::uint32_t b[4];
       tokens.load(b, start, l.cols);
       const int end = min(start + kStepCols, l.cols);

@@ -32,7 +32,7 @@ __device__ bool find_place(const Layout& l, int num_experts, Place& place) {
   return place.expert < num_experts;
 }
 
-// Row of a tile and first compressed column of a block that register `reg` of a step's load holds.
+// Row of a tile and first compressed column of a block that register `reg` of a step holds.
 __device__ int row_of(int lane, int reg) { return lane / 4 + reg % 2 * kHalfTile; }
 __device__ int column_of(int lane, int step, int reg) {
   return step * kValuesPerStep + lane % 4 * 2 + reg / 2 * 8;
@@ -50,17 +50,16 @@ __global__ void pack_kernel(Layout l, int num_experts, std::uint8_t* packed,
   const std::int64_t first_row = p.expert * l.kept;
   const int first_value = p.block * kBlockCols / 2;
   for (int step = 0; step < kStepsPerBlock; ++step) {
-    std::uint32_t regs[4];
     for (int reg = 0; reg < 4; ++reg) {
       const int kept = kept_row_of(l, p.tile, row_of(p.lane, reg));
       const int column = first_value + column_of(p.lane, step, reg);
-      regs[reg] = 0;
-      if (kept < 0 || column >= c.values_row) continue;
-      const std::uint16_t* from = values + (first_row + kept) * c.values_row + column;
-      regs[reg] = from[0] | static_cast<std::uint32_t>(from[1]) << 16;
+      std::uint32_t two = 0;
+      if (kept >= 0 && column < c.values_row) {
+        const std::uint16_t* from = values + (first_row + kept) * c.values_row + column;
+        two = from[0] | static_cast<std::uint32_t>(from[1]) << 16;
+      }
+      *reinterpret_cast<std::uint32_t*>(block + matrix_offset(step, reg) + p.lane * 4) = two;
     }
-    *reinterpret_cast<uint4*>(block + step * kStepBytes + p.lane * 16) = {regs[0], regs[1], regs[2],
-                                                                          regs[3]};
   }
   const std::uint32_t unused = encode_nibble(0, 1) * 0x1111u;  // a valid nibble, four times
   for (int word = 0; word < kStepsPerBlock / 2; ++word) {
@@ -75,8 +74,7 @@ __global__ void pack_kernel(Layout l, int num_experts, std::uint8_t* packed,
         bits |= two << (half * 16 + byte * 8);
       }
     }
-    *reinterpret_cast<std::uint32_t*>(block + kMetaOffset + word * kMetaPairBytes + p.lane * 4) =
-        bits;
+    *reinterpret_cast<std::uint32_t*>(block + meta_pair_offset(word) + p.lane * 4) = bits;
   }
   if (switches_rows(l) && p.lane < kStepsPerBlock) {
     const int column = min(p.block * kBlockCols + p.lane * kStepCols, l.cols - 1);
@@ -132,20 +130,20 @@ __global__ void unpack_kernel(Layout l, int num_experts, const std::uint8_t* pac
   const std::int64_t first_row = p.expert * l.kept;
   const int first_value = p.block * kBlockCols / 2;
   for (int step = 0; step < kStepsPerBlock; ++step) {
-    const uint4 loaded = *reinterpret_cast<const uint4*>(block + step * kStepBytes + p.lane * 16);
-    const std::uint32_t regs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     for (int reg = 0; reg < 4; ++reg) {
       const int kept = kept_row_of(l, p.tile, row_of(p.lane, reg));
       const int column = first_value + column_of(p.lane, step, reg);
       if (kept < 0 || column >= c.values_row) continue;
+      const std::uint32_t two =
+          *reinterpret_cast<const std::uint32_t*>(block + matrix_offset(step, reg) + p.lane * 4);
       std::uint16_t* to = values + (first_row + kept) * c.values_row + column;
-      to[0] = static_cast<std::uint16_t>(regs[reg]);
-      to[1] = static_cast<std::uint16_t>(regs[reg] >> 16);
+      to[0] = static_cast<std::uint16_t>(two);
+      to[1] = static_cast<std::uint16_t>(two >> 16);
     }
   }
   for (int word = 0; word < kStepsPerBlock / 2; ++word) {
-    const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(
-        block + kMetaOffset + word * kMetaPairBytes + p.lane * 4);
+    const std::uint32_t bits =
+        *reinterpret_cast<const std::uint32_t*>(block + meta_pair_offset(word) + p.lane * 4);
     for (int half = 0; half < 2; ++half) {
       const int kept = kept_row_of(l, p.tile, p.lane / 4 + half * kHalfTile);
       const int first = p.block * kBlockCols / 8 + group_of(p.lane, word) / 2;

@@ -134,7 +134,7 @@ __device__ void store_as(const typename Shape::Accumulators& acc, const SsmmArgs
   const Layout& layout = args.layout;
   const int lane = threadIdx.x % kWarpThreads, lane_row = lane / 4, lane_token = lane % 4 * 2;
   const bool is_switched = layout.kind == Kind::kSwitched;
-  const int row_size = kIsGated ? layout.rows / 2 : layout.rows;
+  const int row_size = kIsGated ? ptx::here(layout.rows) / 2 : layout.rows;
   Out* plane = static_cast<Out*>(args.out) + work.split * args.split_stride;
   // All rows are looked up before the first is needed.
   int rows[Shape::kNFrags][2];  // -1: no token

@@ -1,11 +1,16 @@
-// The fragment order "m16k128.v3": how a packed weight lies in memory.
+// The fragment order "m16k128.v4": how a packed weight lies in memory.
 //
 // A tile is 16 kept rows, the height of the matrix instruction; a block is 128 dense columns of it:
 //
-//   block   values  2048 B   4 steps of 32 columns; a step is one 16-byte load a lane: fragment A
-//           meta     256 B   2 words a lane; one word serves two steps (selectors 0 and 1)
+//   block   values  1024 B   rows 0..7: 8 matrices of 8 rows x 16 bytes, two a step of 32 columns
+//           meta     128 B   steps 0 and 1: a word a lane, which serves both (selectors 0 and 1)
+//           values  1024 B   rows 8..15
+//           meta     128 B   steps 2 and 3, of all rows
 //           rows      16 B   only where rows switch: a word a step; bit r = row r of the tile takes
 //                            the later one of its two dense rows
+//
+// So ldmatrix reads fragment A, and the halves of all tiles that lie together are one distance
+// apart, as wgmma asks of an operand that it reads itself.
 //
 //   packed [E][bundle][block][tile of the bundle], then, for general patterns, index bytes
 //   [tile][Sub-Row][16]
@@ -14,9 +19,9 @@
 // is one contiguous copy, as each copy costs time of its own.
 //
 // mma.sp.m16n8k32 (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"): with lane = 4g + t,
-// register 0 holds row g, compressed columns 2t, 2t+1; register 1 row g+8; registers 2, 3 columns 8
-// further. The metadata of step j comes from lanes t = 2(j%2), 2(j%2)+1: low half row g, high half
-// row g+8.
+// register 0 holds row g, compressed columns 2t, 2t+1, the lane-th word of a matrix; register 1 row
+// g+8; registers 2, 3 columns 8 further, of the next matrices. The metadata of step j comes from
+// lanes t = 2(j%2), 2(j%2)+1: low half row g, high half row g+8.
 //
 // Host compilers read this file too: C++17, no CUDA header.
 #pragma once
@@ -25,19 +30,21 @@
 
 namespace samoyeds {
 
-inline constexpr const char* kLayoutName = "m16k128.v3";
+inline constexpr const char* kLayoutName = "m16k128.v4";
 
 inline constexpr int kTileRows = 16;  // kept rows of a tile
 inline constexpr int kBundleTiles = 8;
 inline constexpr int kBlockCols = 128;  // dense columns of a block
 inline constexpr int kStepCols = 32;    // dense columns of one matrix instruction
 inline constexpr int kStepsPerBlock = kBlockCols / kStepCols;
-inline constexpr int kStepBytes = 512;  // of values: 32 lanes x 16 bytes
-inline constexpr int kMetaOffset = kStepsPerBlock * kStepBytes;
-inline constexpr int kMetaPairBytes = 128;  // of two steps: 32 lanes x 4 bytes
-inline constexpr int kRowsOffset = kMetaOffset + kStepsPerBlock / 2 * kMetaPairBytes;
-inline constexpr int kRowsBytes = kStepsPerBlock * 4;
 inline constexpr int kHalfTile = kTileRows / 2;
+inline constexpr int kMatrixRowBytes = 16;  // 8 compressed columns
+inline constexpr int kMatrixBytes = kHalfTile * kMatrixRowBytes;
+inline constexpr int kMetaOffset = 2 * kStepsPerBlock * kMatrixBytes;  // in half a tile's part
+inline constexpr int kMetaBytes = 128;                                 // of two steps: 32 words
+inline constexpr int kHalfBytes = kMetaOffset + kMetaBytes;            // half a tile's part
+inline constexpr int kRowsOffset = 2 * kHalfBytes;
+inline constexpr int kRowsBytes = kStepsPerBlock * 4;
 
 enum class Kind {
   kDense24,   // N == M: kept rows are the dense rows
@@ -147,19 +154,27 @@ SAMOYEDS_HOST_DEVICE constexpr std::int64_t block_offset(const Layout& l, int ti
          static_cast<std::int64_t>(block) * block_stride(l, tile);
 }
 
+// Byte in a block of the matrix with register `reg` (0..3) of step `step`'s fragment A.
+SAMOYEDS_HOST_DEVICE constexpr int matrix_offset(int step, int reg) {
+  return reg % 2 * kHalfBytes + (2 * step + reg / 2) * kMatrixBytes;
+}
+
+// Byte in a block of the metadata words of steps 2 * pair and 2 * pair + 1.
+SAMOYEDS_HOST_DEVICE constexpr int meta_pair_offset(int pair) {
+  return pair * kHalfBytes + kMetaOffset;
+}
+
 // Byte in a block of the value at tile row `row`, compressed column `column` (0..63).
 SAMOYEDS_HOST_DEVICE constexpr int value_offset(int row, int column) {
-  const int step = column / 16, in_step = column % 16;
-  const int lane = row % kHalfTile * 4 + in_step % 8 / 2;
-  const int reg = (row >= kHalfTile ? 1 : 0) + (in_step >= 8 ? 2 : 0);
-  return step * kStepBytes + lane * 16 + reg * 4 + in_step % 2 * 2;
+  const int reg = row / kHalfTile + column % 16 / 8 * 2;
+  return matrix_offset(column / 16, reg) + row % kHalfTile * kMatrixRowBytes + column % 8 * 2;
 }
 
 // Byte in a block of the metadata word with the nibble of row `row`, group `group` (0..31).
 SAMOYEDS_HOST_DEVICE constexpr int meta_offset(int row, int group) {
   const int step = group / 8, in_step = group % 8;
   const int lane = row % kHalfTile * 4 + step % 2 * 2 + (in_step >= 4 ? 1 : 0);
-  return kMetaOffset + step / 2 * kMetaPairBytes + lane * 4;
+  return meta_pair_offset(step / 2) + lane * 4;
 }
 
 // Place of that nibble in its word.
@@ -182,8 +197,12 @@ SAMOYEDS_HOST_DEVICE constexpr int switch_period(const Layout& l) {
 }
 
 static_assert(kRowsOffset == 2304 && kRowsOffset + kRowsBytes == 2320, "the drawing above");
-static_assert(value_offset(15, 63) == kMetaOffset - 2, "values fill their part of a block");
-static_assert(meta_offset(15, 31) == kRowsOffset - 4, "metadata fills its part of a block");
+static_assert(value_offset(7, 63) == meta_pair_offset(0) - 2 &&
+                  value_offset(15, 63) == meta_pair_offset(1) - 2,
+              "values fill their parts of a block");
+static_assert(meta_offset(15, 15) == value_offset(8, 0) - 4 &&
+                  meta_offset(15, 31) == kRowsOffset - 4,
+              "metadata fills its parts of a block");
 static_assert(kRowsOffset % 16 == 0 && kRowsBytes % 16 == 0,
               "blocks are copied 16 bytes at a time");
 

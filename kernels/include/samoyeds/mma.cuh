@@ -15,6 +15,22 @@
 
 namespace samoyeds {
 
+// Fragment A of a step, from a block in shared memory; by a whole warp.
+__device__ __forceinline__ uint4 load_values(std::uint32_t block, int step) {
+  // Lane l addresses row l%8 of the matrix of register l/8.
+  const int lane = threadIdx.x % kWarpThreads;
+  std::uint32_t a[4];
+  ptx::load_matrices(
+      a, block + matrix_offset(step, lane / kHalfTile) + lane % kHalfTile * kMatrixRowBytes);
+  return {a[0], a[1], a[2], a[3]};
+}
+
+// Its metadata and the next step's.
+__device__ __forceinline__ std::uint32_t load_meta(std::uint32_t block, int pair) {
+  const int lane = threadIdx.x % kWarpThreads;
+  return ptx::load_shared_word(block + meta_pair_offset(pair) + lane * 4);
+}
+
 template <int kMFrags, int kNFrags>
 struct Accumulators {
   float d[kMFrags][kNFrags][4];  // [..][0, 1] row g, [..][2, 3] row g + 8; tokens 2t, 2t + 1
@@ -136,10 +152,8 @@ __device__ __forceinline__ void multiply_block(Accumulators<kMFrags, kNFrags>& a
         if constexpr (kSwitchesInside && kSwitchesOneByOne) {
           if (step % kSwitchPeriod == 0) switch_fragment(m, step);
         }
-        const uint4 a = ptx::load_shared(tile + step * kStepBytes + lane * 16);
-        if (half == 0) {
-          meta[m] = ptx::load_shared_word(tile + kMetaOffset + pair * kMetaPairBytes + lane * 4);
-        }
+        const uint4 a = load_values(tile, step);
+        if (half == 0) meta[m] = load_meta(tile, pair);
 #pragma unroll
         for (int n = 0; n < kLive; ++n) {
           if (half == 0) {

@@ -1,15 +1,16 @@
-// The Hopper kernel, shared memory to sparse tensor cores: weights go through registers in fragment
-// order, tokens are read where they are.
+// The Hopper kernel, shared memory to sparse tensor cores: weights go through registers or, where
+// N = M, are read where they are, as tokens always are.
 #pragma once
 
+#include "samoyeds/mma.cuh"
 #include "samoyeds/slab_scheduler.cuh"
 
 namespace samoyeds {
 
-// V = 128: the first block of an item replaces the sums, so that they need not be cleared, nor rows
-// switched before it: products take up to 6 % less.
+// V = 128 and N = M: the first block of an item replaces the sums, so that they need not be
+// cleared, nor rows switched before it: products of V = 128 take up to 6 % less.
 template <int kSwitchPeriod>
-inline constexpr bool kReplaces = kSwitchPeriod == 4;
+inline constexpr bool kReplaces = kSwitchPeriod == 4 || kSwitchPeriod == 0;
 
 // The results of a warpgroup. (1, 2, V): d runs through all of k, odd gathers the odd rows, as in
 // mma.cuh. N = M: two times 64 kept rows.
@@ -22,9 +23,11 @@ struct SlabAccumulators {
   template <int kSwitchPeriod>
   __device__ __forceinline__ void clear() {
     rows = 0;
+    // Of tokens that no product has, sums are anything, as are their results, which are not stored.
+    if constexpr (kSwitchPeriod != 0) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) odd[i] = 0.f;
-    // Of tokens that no product has, d is anything, as are their results, which are not stored.
+      for (int i = 0; i < kSize; ++i) odd[i] = 0.f;
+    }
     if constexpr (!kReplaces<kSwitchPeriod>) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) d[i] = 0.f;
@@ -52,23 +55,19 @@ struct SlabAccumulators {
   }
 };
 
-// Weights of a warp for kSteps steps of a block: 16 kept rows x 32 dense columns each.
-template <int kSteps>
+// Weights of a warp for half a block, two steps: 16 kept rows x 32 dense columns each.
 struct Fragments {
-  uint4 a[kSteps];
-  std::uint32_t meta;  // of two steps
+  uint4 a[2];
+  std::uint32_t meta;
   std::uint32_t rows;  // bit r is set where row r takes the odd dense row
 
-  // `tile`: this warp's rows of the block. kHasRows: (1, 2, V), where rows may change at kFirst.
-  template <int kFirst, bool kHasRows>
+  // `tile`: this warp's rows of the block. kHasRows: where rows may change.
+  template <int kHalf, bool kHasRows>
   __device__ __forceinline__ void load(std::uint32_t tile) {
-    const int lane = threadIdx.x % kWarpThreads;
-    if constexpr (kHasRows) rows = ptx::load_shared_word(tile + kRowsOffset + kFirst * 4);
-    meta = ptx::load_shared_word(tile + kMetaOffset + kFirst / 2 * kMetaPairBytes + lane * 4);
+    if constexpr (kHasRows) rows = ptx::load_shared_word(tile + kRowsOffset + 2 * kHalf * 4);
+    meta = load_meta(tile, kHalf);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      a[i] = ptx::load_shared(tile + (kFirst + i) * kStepBytes + lane * 16);
-    }
+    for (int i = 0; i < 2; ++i) a[i] = load_values(tile, 2 * kHalf + i);
   }
 
   // Starts step kStep, number `i` of these, with the first kLive tokens of its panel.
@@ -115,7 +114,7 @@ template <class Shape, int kSwitchPeriod, int kLive, class Buffers>
 class SlabProduct {
   using T = typename Shape::T;
   static constexpr int kSums = kLive / 2;
-  static constexpr bool kIsSwitched = kSwitchPeriod != 0;
+  static constexpr int kHalfSlabTiles = Buffers::kSlabTiles / 2;  // N = M: 64 kept rows
 
  public:
   // `first_tile`: this warp's of the thread block's tiles of 16 kept rows.
@@ -126,7 +125,7 @@ class SlabProduct {
   __device__ __forceinline__ void run(Turn& turn, int blocks) {
     buffers_.wait_for_weights(turn.slot, turn.parity);
     load_first(turn.slot);
-    if constexpr (kReplaces<kSwitchPeriod>) acc_.rows = first_.rows;
+    if constexpr (kSwitchPeriod == 4) acc_.rows = first_.rows;
 #pragma unroll 1
     for (left_ = blocks - 1; left_ >= 0; --left_) {
       slot_ = turn.slot;
@@ -164,14 +163,17 @@ class SlabProduct {
   }
 
   __device__ __forceinline__ void load_first(int slot) {
-    if constexpr (kIsSwitched) {
+    if constexpr (kSwitchPeriod != 0) {
       first_.template load<0, true>(tile_of(slot));
     } else {
-      one_.template load<0, false>(tile_of(slot));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        meta_[i] = load_meta(tile_of(slot) + i / 2 * kHalfSlabTiles * Buffers::kTileBytes, i % 2);
+      }
     }
   }
 
-  __device__ __forceinline__ void start_half(const Fragments<2>& weights, int half,
+  __device__ __forceinline__ void start_half(const Fragments& weights, int half,
                                              bool adds = true) const {
     const std::uint32_t panel = buffers_.tokens(slot_, half);
     ptx::wgmma_fence();
@@ -183,7 +185,7 @@ class SlabProduct {
   // V = 128 and its multiples: rows change once a block.
   template <typename Next>
   __device__ __forceinline__ void whole_block(Next&& load_next) {
-    second_.template load<2, false>(tile_);
+    second_.template load<1, false>(tile_);
     wait_for_tokens(0);
     start_half(first_, 0, adds_);
     adds_ = true;
@@ -206,7 +208,7 @@ class SlabProduct {
     turns_.begin();
     start_half(first_, 0);
     turns_.end();
-    second_.template load<2, true>(tile_);
+    second_.template load<1, true>(tile_);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     acc_.template switch_rows<kLive>(second_.rows);
     wait_for_tokens(1);
@@ -227,7 +229,7 @@ class SlabProduct {
     step<0>();
     step<1>();
     release(0);
-    first_.template load<2, false>(tile_);
+    first_.template load<1, false>(tile_);
     wait_for_tokens(1);
     step<2>();
     step<3>();
@@ -245,38 +247,48 @@ class SlabProduct {
     ptx::wgmma_wait_for<kSums>(acc_.d);
   }
 
-  // N = M: two times 64 kept rows, in turn, a step at a time; more fragments would not fit.
+  // N = M: two times 64 kept rows.
   template <typename Next>
   __device__ __forceinline__ void two_times(Next&& load_next) {
     wait_for_tokens(0);
-    pair<0>();
-    pair<1>();
+    start_pairs<0>();
     wait_for_tokens(1);
-    pair<2>();
-    pair<3>();
-    buffers_.release_weights(slot_);
+    start_pairs<1>();
+    ptx::wgmma_wait<1>();
+    release(0);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     ptx::wgmma_wait_for<kSums>(acc_.odd);
+    buffers_.release_weights(slot_);
     release(1);
     load_next();
   }
 
+  // Half a block of both.
+  template <int kHalf>
+  __device__ __forceinline__ void start_pairs() {
+    ptx::wgmma_fence();
+    start_pair<2 * kHalf>();
+    start_pair<2 * kHalf + 1>();
+    ptx::wgmma_commit();
+  }
+
   template <int kStep>
-  __device__ __forceinline__ void pair() {
-    const std::uint32_t panel = buffers_.tokens(slot_, kStep / 2);
-    ptx::wgmma_fence();
-    one_.template start<T, kLive, kStep>(acc_.d, 0, panel);
-    ptx::wgmma_commit();
-    if constexpr (kStep > 0) ptx::wgmma_wait<1>();  // other_ is free
-    if constexpr (kStep == 2) release(0);           // steps 0 and 1 are done
-    other_.template load<kStep, false>(tile_ + 4 * Buffers::kTileBytes);
-    ptx::wgmma_fence();
-    other_.template start<T, kLive, kStep>(acc_.odd, 0, panel);
-    ptx::wgmma_commit();
-    if constexpr (kStep + 1 < kStepsPerBlock) {
-      ptx::wgmma_wait<1>();  // one_ is free
-      one_.template load<kStep + 1, false>(tile_);
-    }
+  __device__ __forceinline__ void start_pair() {
+    const std::uint64_t tokens =
+        ptx::matrix_descriptor(buffers_.tokens(slot_, kStep / 2), kStep % 2 * kStepCols * 2);
+    const bool adds = kStep > 0 || adds_;
+    ptx::multiply_sparse_async<T, kLive, kStep % 2>(acc_.d, weights(0, kStep), tokens,
+                                                    meta_[kStep / 2], adds);
+    ptx::multiply_sparse_async<T, kLive, kStep % 2>(acc_.odd, weights(1, kStep), tokens,
+                                                    meta_[2 + kStep / 2], adds);
+    adds_ = true;
+  }
+
+  // Of the first or second 64 kept rows of this warpgroup's slab.
+  __device__ __forceinline__ std::uint64_t weights(int which, int step) const {
+    const int first_tile = first_tile_ / kGroupWarps * kGroupWarps + which * kHalfSlabTiles;
+    const std::uint32_t block = buffers_.weights(slot_) + first_tile * Buffers::kTileBytes;
+    return ptx::plain_descriptor(block + matrix_offset(step, 0), kMatrixBytes, kHalfBytes);
   }
 
   SlabAccumulators<Shape>& acc_;
@@ -285,11 +297,11 @@ class SlabProduct {
   const Turns& turns_;
   bool adds_ = false;  // where kReplaces: a block has been multiplied
   int slot_ = 0;
-  std::uint32_t parity_ = 0;     // of the slot
-  int left_ = 0;                 // blocks after the present one
-  std::uint32_t tile_ = 0;       // this warp's, in the slot
-  Fragments<2> first_, second_;  // (1, 2, V): of half a block
-  Fragments<1> one_, other_;     // N = M: of a step
+  std::uint32_t parity_ = 0;  // of the slot
+  int left_ = 0;              // blocks after the present one
+  std::uint32_t tile_ = 0;    // this warp's, in the slot
+  Fragments first_, second_;  // (1, 2, V): of half a block
+  std::uint32_t meta_[4];     // N = M: of each half of the block, of the first rows and the others
 };
 
 }  // namespace samoyeds

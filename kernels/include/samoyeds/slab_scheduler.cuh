@@ -44,9 +44,9 @@ struct SlabWork {
 // The shared memory of a thread block: a ring of slots, each a block of k, and results on their way
 // out. A slot has three parts: the weights of every slab, and two halves of the block of the
 // tokens, a panel each. Each part is filled again as soon as it is read itself, weights once they
-// are in registers: `full` completes when the copies are there, `empty` when every warp that
-// multiplies is done with it, of tokens those of the whole cluster. kSwitchPeriod: 0 where N = M,
-// else as switch_period().
+// are in registers or, where N = M, multiplied: `full` completes when the copies are there, `empty`
+// when every warp that multiplies is done with it, of tokens those of the whole cluster.
+// kSwitchPeriod: 0 where N = M, else as switch_period().
 //
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
 // them. A warpgroup's own buffer holds one. With three slots the tokens' part of the item's last

@@ -126,36 +126,45 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
 #define SAMOYEDS_ALL80 SAMOYEDS_ALL72, SAMOYEDS_OUT8(72)
 #define SAMOYEDS_ALL88 SAMOYEDS_ALL80, SAMOYEDS_OUT8(80)
 #define SAMOYEDS_ALL96 SAMOYEDS_ALL88, SAMOYEDS_OUT8(88)
-// size: accumulators of a thread, half the tokens; values, rest, flag: the operands after them by
-// number.
-#define SAMOYEDS_WGMMA(tokens, size, dtype, values, rest, flag) \
+// size: accumulators of a thread, half the tokens; a, rest, flag: the operands after them by number.
+// The last of the ones and zeros: operands that are not transposed, those in shared memory.
+#define SAMOYEDS_WGMMA(tokens, size, dtype, a, rest, flag, plain, ...) \
   if constexpr (kTokens == tokens) { \
     asm volatile("{ .reg .pred accumulate; setp.ne.u32 accumulate, " flag ", 0; " \
                  "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." dtype "." dtype \
-                 " {" SAMOYEDS_D##size "}, {" values "}, " rest ", accumulate, 1, 1, 0; }" \
+                 " {" SAMOYEDS_D##size "}, " a ", " rest ", accumulate, 1, 1, " plain "; }" \
                  : SAMOYEDS_ALL##size \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(kSelector), \
-                   "r"(static_cast<int>(adds)) \
+                 : __VA_ARGS__, "l"(b), "r"(meta), "n"(kSelector), "r"(static_cast<int>(adds)) \
                  : "memory"); \
   }
-#define SAMOYEDS_WGMMA_OF(dtype) \
-  SAMOYEDS_WGMMA(16, 8, dtype, "%8, %9, %10, %11", "%12, %13, %14", "%15") \
-  SAMOYEDS_WGMMA(32, 16, dtype, "%16, %17, %18, %19", "%20, %21, %22", "%23") \
-  SAMOYEDS_WGMMA(48, 24, dtype, "%24, %25, %26, %27", "%28, %29, %30", "%31") \
-  SAMOYEDS_WGMMA(64, 32, dtype, "%32, %33, %34, %35", "%36, %37, %38", "%39") \
-  SAMOYEDS_WGMMA(80, 40, dtype, "%40, %41, %42, %43", "%44, %45, %46", "%47") \
-  SAMOYEDS_WGMMA(96, 48, dtype, "%48, %49, %50, %51", "%52, %53, %54", "%55") \
-  SAMOYEDS_WGMMA(112, 56, dtype, "%56, %57, %58, %59", "%60, %61, %62", "%63") \
-  SAMOYEDS_WGMMA(128, 64, dtype, "%64, %65, %66, %67", "%68, %69, %70", "%71") \
-  SAMOYEDS_WGMMA(144, 72, dtype, "%72, %73, %74, %75", "%76, %77, %78", "%79") \
-  SAMOYEDS_WGMMA(160, 80, dtype, "%80, %81, %82, %83", "%84, %85, %86", "%87") \
-  SAMOYEDS_WGMMA(176, 88, dtype, "%88, %89, %90, %91", "%92, %93, %94", "%95") \
-  SAMOYEDS_WGMMA(192, 96, dtype, "%96, %97, %98, %99", "%100, %101, %102", "%103")
+#define SAMOYEDS_WGMMA_REGISTERS(tokens, size, dtype, a0, a1, a2, a3, b, meta, selector, flag) \
+  SAMOYEDS_WGMMA(tokens, size, dtype, "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}", \
+                 "%" #b ", %" #meta ", %" #selector, "%" #flag, "0", \
+                 "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w))
+#define SAMOYEDS_WGMMA_SHARED(tokens, size, dtype, a0, b, meta, selector, flag, ...) \
+  SAMOYEDS_WGMMA(tokens, size, dtype, "%" #a0, "%" #b ", %" #meta ", %" #selector, "%" #flag, \
+                 "0, 0", "l"(a))
+// The operands behind the sums, by number.
+#define SAMOYEDS_WGMMA_OF(do, dtype) \
+  do(16, 8, dtype, 8, 9, 10, 11, 12, 13, 14, 15) \
+  do(32, 16, dtype, 16, 17, 18, 19, 20, 21, 22, 23) \
+  do(48, 24, dtype, 24, 25, 26, 27, 28, 29, 30, 31) \
+  do(64, 32, dtype, 32, 33, 34, 35, 36, 37, 38, 39) \
+  do(80, 40, dtype, 40, 41, 42, 43, 44, 45, 46, 47) \
+  do(96, 48, dtype, 48, 49, 50, 51, 52, 53, 54, 55) \
+  do(112, 56, dtype, 56, 57, 58, 59, 60, 61, 62, 63) \
+  do(128, 64, dtype, 64, 65, 66, 67, 68, 69, 70, 71) \
+  do(144, 72, dtype, 72, 73, 74, 75, 76, 77, 78, 79) \
+  do(160, 80, dtype, 80, 81, 82, 83, 84, 85, 86, 87) \
+  do(176, 88, dtype, 88, 89, 90, 91, 92, 93, 94, 95) \
+  do(192, 96, dtype, 96, 97, 98, 99, 100, 101, 102, 103)
 // clang-format on
 
-// d += A * B, or d = A * B, without waiting: A is 64x32 with 2 of every 4 kept, a warp's 16 rows in
-// registers as for mma.sp; B is 32 x kTokens in shared memory. d[4j + i]: as an m16n8 fragment of
-// tokens 8j on. Neither d nor a may be touched before its group is waited for.
+// d += A * B, or d = A * B, without waiting: A is 64x32 with 2 of every 4 kept, B is 32 x kTokens
+// in shared memory. d[4j + i]: as an m16n8 fragment of tokens 8j on. Neither d nor what A is may be
+// touched before its group is waited for.
+
+// `a`: a warp's 16 rows, as for mma.sp.
 template <typename T, int kTokens, int kSelector, int kSize>
 __device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const uint4& a,
                                                       std::uint64_t b, std::uint32_t meta,
@@ -163,9 +172,23 @@ __device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const u
   static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
   static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    SAMOYEDS_WGMMA_OF("bf16")
+    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "bf16")
   } else {
-    SAMOYEDS_WGMMA_OF("f16")
+    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "f16")
+  }
+}
+
+// `a`: all 64 rows in shared memory, see plain_descriptor().
+template <typename T, int kTokens, int kSelector, int kSize>
+__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], std::uint64_t a,
+                                                      std::uint64_t b, std::uint32_t meta,
+                                                      bool adds) {
+  static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
+  static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "bf16")
+  } else {
+    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "f16")
   }
 }
 #else
@@ -176,8 +199,8 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {}
 template <int kCount, int kSize>
 __device__ __forceinline__ void wgmma_wait_for(float (&)[kSize]) {}
-template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], const uint4&, std::uint64_t,
+template <typename T, int kTokens, int kSelector, int kSize, typename A>
+__device__ __forceinline__ void multiply_sparse_async(float (&)[kSize], const A&, std::uint64_t,
                                                       std::uint32_t, bool) {}
 #endif
 
@@ -188,6 +211,18 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address
   constexpr std::uint32_t kRepeatBytes = 1024, kSwizzle128 = 1u << 30;
   const std::uint32_t low = (address / 16 | 1u << 16) + offset / 16;
   return static_cast<std::uint64_t>(kSwizzle128 | kRepeatBytes / 16) << 32 | low;
+}
+
+// Operand A at an address in shared memory, without swizzle: matrices of 8 rows x 16 bytes, from
+// one to the next along k `column_bytes`, along m `row_bytes`.
+__device__ __forceinline__ std::uint64_t plain_descriptor(std::uint32_t address, int column_bytes,
+                                                          int row_bytes) {
+  // NOTE: in a cluster, bits from 24 on are the number of the thread block: they would change
+  // column_bytes.
+  constexpr std::uint32_t kAddressBits = (1u << 18) - 1;
+  const std::uint32_t low =
+      (address & kAddressBits) / 16 | static_cast<std::uint32_t>(column_bytes) / 16 << 16;
+  return static_cast<std::uint64_t>(row_bytes / 16) << 32 | low;
 }
 
 }  // namespace samoyeds::ptx
