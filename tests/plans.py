@@ -134,8 +134,10 @@ class Instance(NamedTuple):
         kept_rows = SLAB_ROWS // 2 if product.v else SLAB_ROWS
         weights = groups * kept_rows // 16 * BLOCK_BYTES
         stage = self.tokens * BLOCK_COLS * 2 + weights + 2 * 8
-        staged = groups * self.tokens // 2 * BLOCK_COLS  # half a tile, 64 columns of 2 bytes
-        return self.stages(product)[0] * stage + staged + 1024
+        stages = self.stages(product)[0]
+        # half a tile, 64 columns of 2 bytes; twice where two stages leave room for it
+        staged = groups * self.tokens // 2 * BLOCK_COLS * (2 if stages == 2 else 1)
+        return stages * stage + staged + 1024
 
 
 class PlanNumbers(NamedTuple):

@@ -205,6 +205,8 @@ def test_sizes_of_a_layer(reason: str, text: str, dtype: torch.dtype, seed: int)
         Shape(4096, 256, 8, hidden=128, inner=128, up="1:2:64", routing="distinct"),
         Shape(20000, experts=64, top_k=2, hidden=128, inner=256, routing="few"),
         Shape(50000, experts=3, top_k=1, hidden=128, inner=128, up="2:4", routing="one"),
+        # up of six slabs: those beyond four of two tiles are one item; down of five
+        Shape(8192, 32, 8, hidden=640, inner=384, up="1:2:128", down="2:4", routing="distinct"),
         Shape(1, experts=256, top_k=8, hidden=256, inner=128, routing="distinct"),
         Shape(0, experts=3, hidden=256, inner=128),
     ],
@@ -273,12 +275,16 @@ def test_linear(m: int, k: int, is_gate_up: bool, text: str, dtype: torch.dtype,
 @each_pattern
 @pytest.mark.parametrize("is_gate_up", [False, True], ids=["plain", "gate_up"])
 def test_linear_of_many_rounds(is_gate_up: bool, text: str, dtype: torch.dtype, seed: int) -> None:
-    """So many that results go out through a tensor map; 5 slabs: the last part has one."""
+    """So many that results go out through a tensor map.
+
+    5 slabs: the last part has one; 6: half parts of two tiles are one item.
+    """
     rng = generator(seed)
-    weight = random_weight((1, 640, 256), text, dtype, rng, is_gate_up)
-    for rows in (17003, 33 * 1024):  # the last box is cut off; all are whole
-        x = torch.randn(rows, 256, generator=rng, device=DEVICE).to(dtype)
-        check_linear(weight, x, hopper_plan(weight))
+    for m in (640, 768):
+        weight = random_weight((1, m, 256), text, dtype, rng, is_gate_up)
+        for rows in (17003, 33 * 1024):  # the last box is cut off; all are whole
+            x = torch.randn(rows, 256, generator=rng, device=DEVICE).to(dtype)
+            check_linear(weight, x, hopper_plan(weight))
 
 
 def test_linear_of_no_rows() -> None:

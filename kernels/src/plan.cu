@@ -39,10 +39,20 @@ double expected_tiles(const Load& load, const SsmmVariant& variant) {
 // Slabs of the Hopper kernel: 128 dense rows.
 int slab_tiles(const Layout& layout) { return layout.kind == Kind::kDense24 ? 8 : 4; }
 
+// Slabs of a part of the rows, Hopper kernel only.
+int part_slabs(const SsmmVariant& variant) { return variant.warps_m / 4 * variant.cluster; }
+
 // Items of a tile of tokens: parts of the rows, without splits.
 int parts_of(const SsmmVariant& variant, const Layout& layout) {
   if (!variant.is_hopper) return ceil_div(layout.tiles, variant.tiles_m);
-  return ceil_div(layout.tiles / slab_tiles(layout), variant.warps_m / 4 * variant.cluster);
+  return ceil_div(layout.tiles / slab_tiles(layout), part_slabs(variant));
+}
+
+// Behind whole parts of the rows: those of two tiles of tokens become one item.
+bool leaves_half_a_part(const SsmmVariant& variant, const Layout& layout) {
+  if (!variant.is_hopper) return false;
+  const int slabs = layout.tiles / slab_tiles(layout), whole = part_slabs(variant);
+  return slabs > whole && slabs % whole == whole / 2;
 }
 
 // When the last cluster is done with `full` items of a cost and then `rest` items of another, each
@@ -267,6 +277,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
+  args.whole_parts = make_divisor(parts - (leaves_half_a_part(variant, args.layout) ? 1 : 0));
   // Beyond its last item a thread block still counts one round further, there and back.
   const std::int64_t most = INT32_MAX - 2 * slots;
   if (items > most) {

@@ -86,11 +86,12 @@ struct SsmmArgs {
   std::int64_t split_stride;  // elements of a plane of kPartial
   int stages;
   Divisor splits;
-  Divisor parts;     // items of a tile of tokens: parts of the rows, times splits
-  int places;        // of the panels that the Hopper kernel reads and writes
-  bool is_early;     // the routing is complete although the previous kernel may still run; for the
-                     // Hopper kernel it always is
-  TensorMap matrix;  // of `out`, kMatrix only: boxes of kBoxRows x one panel
+  Divisor parts;  // items of a tile of tokens: parts of the rows, times splits
+  int places;     // of the panels that the Hopper kernel reads and writes
+  bool is_early;  // the routing is complete although the previous kernel may still run; for the
+                  // Hopper kernel it always is
+  Divisor whole_parts;  // of the Hopper kernel: `parts` without half a part that is left
+  TensorMap matrix;     // of `out`, kMatrix only: boxes of kBoxRows x one panel
 };
 
 }  // namespace samoyeds

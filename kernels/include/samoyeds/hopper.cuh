@@ -4,7 +4,7 @@
 // all items are done. An item is a tile of tokens of one expert times up to four slabs, one for
 // each warpgroup of a cluster of two thread blocks. A slab is 128 dense rows: 64 kept rows of (1,
 // 2, V), with two sums each, or two times 64 kept rows where N = M. Each block of a cluster loads
-// half of the tokens for both.
+// half of the tokens for both, but where it has a tile of its own: see SlabScheduler::at().
 //
 // What limits it, as far as runs have shown: shared memory, where the instruction reads 98 KB of
 // tokens in a step of 128 columns, the warps 19 KB of weights, and 68 KB arrive. A step takes some

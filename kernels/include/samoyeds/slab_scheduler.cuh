@@ -34,10 +34,14 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, 
 // A tile of tokens, and slabs of this thread block; small numbers in one, as registers are few.
 struct SlabWork {
   int expert = 0, first = 0;  // of the tile
-  int packed = 0;             // first slab << 16 | slabs << 8 | tokens; a weight has 2^13 slabs
+  int packed = 0;  // first slab << 16 | alone << 15 | slabs << 8 | tokens; a weight has 2^13 slabs
+
+  static constexpr int kAlone = 1 << 15;
 
   __device__ int count() const { return packed & 255; }
-  __device__ int num_slabs() const { return packed >> 8 & 255; }
+  __device__ int num_slabs() const { return packed >> 8 & 127; }
+  // The other thread block of the cluster has another tile: tokens are not loaded for each other.
+  __device__ bool is_alone() const { return packed & kAlone; }
   __device__ int first_slab() const { return packed >> 16; }
 };
 
@@ -51,9 +55,10 @@ struct SlabWork {
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
 // them. A warpgroup's own buffer holds one. With three slots the tokens' part of the item's last
 // one is lent for the second and third pass: each warpgroup has one of its panels, once both are
-// done with it. Where a warp stores for a warpgroup, `staged` completes when a pass is written,
-// with the first it is told what it is of, and it gives the memory back: the own buffer, then the
-// panels. Where none does, that warp brings the rows' numbers.
+// done with it. With two there is room for two buffers each, which take passes in turn. Where a
+// warp stores for a warpgroup, `staged` completes when a pass is written, with the first it is told
+// what it is of, and it gives the memory back: the own buffer, then the panels. Where none does,
+// that warp brings the rows' numbers.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
@@ -73,13 +78,15 @@ struct HopperBuffers {
   static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
+  static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
   static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses;
   static constexpr int kItemBytes = 8;      // SlabWork but for its expert
   static constexpr int kResultsBytes = 16;  // whose results a warpgroup's are: item, last slot
   static constexpr int kAlignment = 1024;   // of swizzled rows
-  static constexpr int kBytes = kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
-                                Shape::kGroups * (kPassBytes + kNumbersBytes + kResultsBytes) +
-                                kSlots * kItemBytes + kBarriers * 8;
+  static constexpr int kBytes =
+      kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
+      Shape::kGroups * (kOwn * kPassBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
+      kBarriers * 8;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -90,7 +97,8 @@ struct HopperBuffers {
   __device__ static constexpr bool is_lent(int pass) { return kLends && (pass == 1 || pass == 2); }
   // Where a warpgroup puts a pass of an item whose last slot is `slot`.
   __device__ std::uint32_t results(int group, int pass, int slot) const {
-    return is_lent(pass) ? tokens(slot, group) + (pass - 1) * kPassBytes : own(group);
+    return is_lent(pass) ? tokens(slot, group) + (pass - 1) * kPassBytes
+                         : own(group) + pass % kOwn * kPassBytes;
   }
   __device__ std::uint32_t numbers(int group) const {
     return own(Shape::kGroups) + group * kNumbersBytes;
@@ -183,14 +191,14 @@ struct HopperBuffers {
       ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
     }
   }
-  // By the warp that stores, and at first: a warpgroup's own buffer may be written. This and the
-  // next are named barriers, whose parity would take a register from those that multiply.
-  __device__ __forceinline__ static void set_free(int group) {
+  // By the warp that stores, and at first: a warpgroup's own buffer for a pass may be written. This
+  // and the next are named barriers, whose parity would take a register from those that multiply.
+  __device__ __forceinline__ static void set_free(int group, int pass) {
     __syncwarp();
-    ptx::arrive_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+    ptx::arrive_some(free_barrier(group, pass), kGroupThreads + kWarpThreads);
   }
-  __device__ __forceinline__ static void wait_until_free(int group) {
-    ptx::sync_some(kFreeBarrier + group, kGroupThreads + kWarpThreads);
+  __device__ __forceinline__ static void wait_until_free(int group, int pass) {
+    ptx::sync_some(free_barrier(group, pass), kGroupThreads + kWarpThreads);
   }
   // By a warpgroup that stores rows, and by the warp that brings their numbers: they are read.
   __device__ __forceinline__ static void let_numbers_go(int group) {
@@ -212,6 +220,11 @@ struct HopperBuffers {
  private:
   // Turns has those between.
   static constexpr int kReadBarrier = 1, kFreeBarrier = 9, kNumbersBarrier = 11;
+  static constexpr int kOtherFreeBarrier = 13;
+
+  __device__ static int free_barrier(int group, int pass) {
+    return (pass % kOwn == 0 ? kFreeBarrier : kOtherFreeBarrier) + group;
+  }
 
   __device__ static void put(std::uint32_t to, const SlabWork& work) {
     ptx::store_shared(to, static_cast<std::uint32_t>(work.first),
@@ -222,7 +235,9 @@ struct HopperBuffers {
             uniform(static_cast<int>(ptx::load_shared_word(from + 4)))};
   }
 
-  __device__ std::uint32_t own(int group) const { return tokens(kSlots, 0) + group * kPassBytes; }
+  __device__ std::uint32_t own(int group) const {
+    return tokens(kSlots, 0) + group * kOwn * kPassBytes;
+  }
 };
 
 // Which item a cluster computes next; as Scheduler, with slabs as rows and without splits.
@@ -243,34 +258,65 @@ class SlabScheduler {
     const int num_tiles =
         uniform(args_.tokens.tiles ? __ldg(args_.tokens.num_tiles)
                                    : ceil_div(args_.tokens.num_rows, args_.tokens.tile_tokens));
-    return item < num_tiles * args_.parts.value ? existing(item) : SlabWork{};
+    const int parts = args_.parts.value, whole_parts = args_.whole_parts.value;
+    const int num_items = num_tiles * parts;
+    if (whole_parts == parts) {
+      return item < num_items ? of_part(item, args_.parts) : SlabWork{};
+    }
+    // Half parts of two tiles are one item, where that saves a round. It comes about when whole
+    // parts of those tiles do, whose tokens are then in the L2.
+    const int num_whole = num_tiles * whole_parts, num_paired = num_whole + ceil_div(num_tiles, 2);
+    const int clusters = gridDim.x / Shape::kCluster;
+    if (ceil_div(num_paired, clusters) == ceil_div(num_items, clusters)) {
+      return item < num_items ? of_part(item, args_.parts) : SlabWork{};
+    }
+    const int period = 2 * whole_parts + 1, pair = item / period, whole = item - pair;
+    if (item % period < 2 * whole_parts && whole < num_whole) {
+      return of_part(whole, args_.whole_parts);
+    }
+    return item < num_paired ? of_half_parts(2 * pair, num_tiles) : SlabWork{};
   }
 
-  // Calls visit(SlabWork) for each item of this cluster; the next one is looked up ahead of it.
+  // Calls visit(SlabWork, look_ahead) for each item of this cluster; look_ahead() is to be called
+  // once meanwhile, where there is time to look up the next one.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit&& visit) const {
-    SlabWork next = at(item(0));
-    for (int round = 0; next.count() > 0; ++round) {
-      const SlabWork work = next;
-      next = at(item(round + 1));
-      visit(work);
+    SlabWork work = at(item(0)), next;
+    for (int round = 0; work.count() > 0; ++round, work = next) {
+      visit(work, [&] { next = at(item(round + 1)); });
     }
   }
 
  private:
-  // Of an item that there is.
-  __device__ SlabWork existing(int item) const {
-    const int guess = item / args_.parts;  // a tile of the same group
+  static constexpr int kPartSlabs = Shape::kCluster * Shape::kGroups;
+
+  // Where each tile has as many items as parts.
+  __device__ SlabWork of_part(int item, const Divisor& parts) const {
+    const int guess = item / parts;  // a tile of the same group
     Tile tile = tile_at(guess);
     const int group_first = tile.group >> 8, group_size = tile.group & 255;
-    int part = item - group_first * args_.parts.value;
+    int part = item - group_first * parts.value;
     if (group_size > 1) {
       const int chosen = group_first + part % group_size;
       part /= group_size;
       if (chosen != guess) tile = tile_at(chosen);
     }
-    const int begin = part * (Shape::kCluster * Shape::kGroups);
-    const int count = min(Shape::kCluster * Shape::kGroups, args_.layout.rows / kSlabRows - begin);
+    return of(tile, part * kPartSlabs);
+  }
+
+  // What is left of the rows behind whole parts, of two neighbouring tiles: one for each block.
+  __device__ SlabWork of_half_parts(int first, int num_tiles) const {
+    static_assert(Shape::kCluster == 2, "two thread blocks, half a part for each");
+    const int begin = args_.whole_parts.value * kPartSlabs;
+    if (first + 1 == num_tiles) return of(tile_at(first), begin);
+    const Tile tile = tile_at(first + static_cast<int>(blockIdx.x % Shape::kCluster));
+    return {uniform(tile.expert), uniform(tile.first),
+            uniform(begin << 16 | SlabWork::kAlone | Shape::kGroups << 8 | tile.count)};
+  }
+
+  // This thread block's of the slabs of a part that begins with `begin`.
+  __device__ SlabWork of(const Tile& tile, int begin) const {
+    const int count = min(kPartSlabs, args_.layout.rows / kSlabRows - begin);
     // A block with two slabs begins with an even one.
     const int rank = blockIdx.x % Shape::kCluster;
     const int first = ceil_div(count * rank, Shape::kCluster);

@@ -84,7 +84,7 @@ class SlabStage {
   // There are no more items.
   __device__ void finish() const {
     if constexpr (kIsCopied) {
-      Buffers::wait_until_free(group_);
+      for (int pass = 0; pass < Buffers::kOwn; ++pass) Buffers::wait_until_free(group_, pass);
       tell(SlabWork{}, 0);
       arrive(0);
     }
@@ -101,7 +101,7 @@ class SlabStage {
     for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (pass * Passes::kRows >= work.count()) return;
       if (!Buffers::is_lent(pass)) {
-        Buffers::wait_until_free(group_);
+        Buffers::wait_until_free(group_, pass);
         if (pass == 0) tell(work, slot);
       } else if (pass == 1) {
         Buffers::wait_for_others(work.num_slabs());
@@ -125,11 +125,11 @@ class SlabStage {
   // The passes that fit are staged before the first is stored: the registers of their sums are then
   // free for many loads and stores at a time.
   __device__ void rows(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) const {
-    constexpr int kFirst = Buffers::kLends ? Buffers::kMaxPasses - 1 : 1;
+    constexpr int kFirst = Buffers::kLends ? Buffers::kMaxPasses - 1 : Buffers::kOwn;
 #pragma unroll
     for (int pass = 0; pass < kFirst; ++pass) {
       if (pass * Passes::kRows >= work.count()) break;
-      if (pass == 1) Buffers::wait_for_others(work.num_slabs());
+      if (Buffers::kLends && pass == 1) Buffers::wait_for_others(work.num_slabs());
       stage(acc, pass, buffers_.results(group_, pass, slot));
     }
     ptx::make_visible_to_copies();  // those that fill the slot again
@@ -279,7 +279,7 @@ template <class Shape, class Buffers>
 __device__ void bring_numbers(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                               const Buffers& buffers, int group) {
   const int lane = threadIdx.x % kWarpThreads;
-  scheduler.for_each([&](const SlabWork& work) {
+  scheduler.for_each([&](const SlabWork& work, auto&& look_ahead) {
     for (int i = lane; i < work.count(); i += kWarpThreads) {
       const int place = work.first + i;
       const int row = args.tokens.pairs ? __ldg(args.tokens.pairs + place) : place;
@@ -287,6 +287,7 @@ __device__ void bring_numbers(const SsmmArgs& args, const SlabScheduler<Shape>& 
     }
     __syncwarp();
     if (lane < kGroupWarps) ptx::arrive(buffers.staged(group, 0));
+    look_ahead();
     Buffers::wait_until_numbers_are_read(group);
   });
 }
@@ -308,7 +309,7 @@ class SlabStore {
     if constexpr (Passes::kIsMatrix) {
       if (is_leader()) ptx::prefetch_map(args_.matrix);
     }
-    Buffers::set_free(group_);
+    for (int pass = 0; pass < Buffers::kOwn; ++pass) Buffers::set_free(group_, pass);
     while (true) {
       wait_until_staged(0);
       work_ = buffers_.get_results_of(group_, slot_);
@@ -330,21 +331,25 @@ class SlabStore {
       } else {
         wait_for_reads<0>();
       }
-      Buffers::set_free(group_);
+      Buffers::set_free(group_, 0);
       if (has(2)) store(2);
       wait_for_reads<0>();
       buffers_.give_back(slot_);
       if (has(3)) {
         store(3);
         wait_for_reads<0>();
-        Buffers::set_free(group_);
+        Buffers::set_free(group_, 3);
       }
     } else {
-      for (int pass = 0; has(pass); ++pass) {
+      store(0);
+      int pass = 1;
+      for (; pass < Passes::kCount && has(pass); ++pass) {
         store(pass);
-        wait_for_reads<0>();
-        Buffers::set_free(group_);
+        wait_for_reads<1>();
+        Buffers::set_free(group_, pass - 1);
       }
+      wait_for_reads<0>();
+      Buffers::set_free(group_, pass - 1);
     }
   }
 
