@@ -98,6 +98,19 @@ def resume(work: tuple[Path, Path, Path], config: SamoyedsConfig | None = None, 
     return convert(source, out, config, **{"shard_size": SHARD_SIZE, "resume": True, **more})
 
 
+def refuses_another(
+    what: str, work: tuple[Path, Path, Path], config: SamoyedsConfig | None = None
+) -> None:
+    """Of something else than was begun, resuming loses nothing."""
+    refused(
+        CheckpointError,
+        f"found another {what} than in",
+        "--overwrite",
+        call=lambda: resume(work, config),
+        kept=work[2].with_name("out.partial"),
+    )
+
+
 def assert_finished(out: Path, finished: dict[str, bytes]) -> None:
     """As an uninterrupted conversion left it; the card names the source's directory."""
     found = files_in(out) or {}
@@ -319,13 +332,7 @@ def test_resume_of_another_calibration(
 ) -> None:
     _, text, out = interrupted
     edit(text)
-    refused(
-        CheckpointError,
-        "found another recipe than in",
-        "--overwrite",
-        call=lambda: resume(interrupted, calibrated(text, **settings)),
-        kept=out.with_name("out.partial"),
-    )
+    refuses_another("recipe", interrupted, calibrated(text, **settings))
     assert not out.exists()
 
 
@@ -333,50 +340,29 @@ def test_resume_of_another_calibration(
 def test_resume_with_other_windows(
     change: dict[str, int], interrupted: tuple[Path, Path, Path]
 ) -> None:
-    _, text, out = interrupted
+    _, text, _ = interrupted
     data = {"data": str(text), "samples": SAMPLES, "sequence_length": LENGTH, **change}
-    refused(
-        CheckpointError,
-        "found another recipe than in",
-        call=lambda: resume(interrupted, calibrated(text, calibration=data)),
-        kept=out.with_name("out.partial"),
-    )
+    refuses_another("recipe", interrupted, calibrated(text, calibration=data))
 
 
 def test_resume_with_another_tokenizer(interrupted: tuple[Path, Path, Path]) -> None:
-    own, _, out = interrupted
+    own, *_ = interrupted
     tokenizer = json.loads((own / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (own / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(
-        CheckpointError,
-        "found another recipe than in",
-        call=lambda: resume(interrupted),
-        kept=out.with_name("out.partial"),
-    )
+    refuses_another("recipe", interrupted)
 
 
 def test_resume_with_another_source(interrupted: tuple[Path, Path, Path]) -> None:
-    own, _, out = interrupted
+    own, *_ = interrupted
     os.utime(own / SINGLE, ns=(1, 1))
-    refused(
-        CheckpointError,
-        "found another source than in",
-        call=lambda: resume(interrupted),
-        kept=out.with_name("out.partial"),
-    )
+    refuses_another("source", interrupted)
 
 
 def test_resume_without_calibration(interrupted: tuple[Path, Path, Path]) -> None:
     """A conversion that looks at no data does not go on with one that does."""
-    *_, out = interrupted
-    refused(
-        CheckpointError,
-        "found another recipe than in",
-        call=lambda: resume(interrupted, SamoyedsConfig(PATTERN)),
-        kept=out.with_name("out.partial"),
-    )
+    refuses_another("recipe", interrupted, SamoyedsConfig(PATTERN))
 
 
 def test_disk_full_when_hidden_states_are_kept(
