@@ -81,15 +81,17 @@ class Measured:
 
 Key = tuple[str, str]  # pattern, which is "" where it is dense, and path
 Found = dict[Key, Measured]
-Measure = Callable[[Product, Mapping[Key, "Case"], Clock], Found]
 
 
 @dataclass
 class Case:
-    """What is timed."""
+    """What is timed, and the relative error of its result."""
 
     steps: Sequence[Run]
     error: float | None = None
+
+
+Measure = Callable[[Product, Mapping[Key, Case], Clock], Found]
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ __device__ void store_as(const typename Shape::Accumulators& acc, const SsmmArgs
   const Layout& layout = args.layout;
   const int lane = threadIdx.x % kWarpThreads, lane_row = lane / 4, lane_token = lane % 4 * 2;
   const bool is_switched = layout.kind == Kind::kSwitched;
+  // NOTE: computed before k is, it would cost the instances with the fewest registers a spill.
   const int row_size = kIsGated ? ptx::here(layout.rows) / 2 : layout.rows;
   Out* plane = static_cast<Out*>(args.out) + work.split * args.split_stride;
   // All rows are looked up before the first is needed.

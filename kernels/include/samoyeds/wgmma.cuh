@@ -160,35 +160,30 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
   do(192, 96, dtype, 96, 97, 98, 99, 100, 101, 102, 103)
 // clang-format on
 
-// d += A * B, or d = A * B, without waiting: A is 64x32 with 2 of every 4 kept, B is 32 x kTokens
-// in shared memory. d[4j + i]: as an m16n8 fragment of tokens 8j on. Neither d nor what A is may be
-// touched before its group is waited for.
-
-// `a`: a warp's 16 rows, as for mma.sp.
-template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const uint4& a,
+// d += A * B, or d = A * B, without waiting: A is 64x32 with 2 of every 4 kept, as a warp's 16 rows
+// in registers, an uint4 as for mma.sp, or in shared memory, a plain_descriptor(); B is 32 x
+// kTokens in shared memory. d[4j + i]: as an m16n8 fragment of tokens 8j on. Neither d nor what A
+// is may be touched before its group is waited for.
+template <typename T, int kTokens, int kSelector, int kSize, typename A>
+__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const A& a,
                                                       std::uint64_t b, std::uint32_t meta,
                                                       bool adds) {
   static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
   static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "bf16")
+  constexpr bool kIsBf16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (std::is_same_v<A, uint4>) {
+    if constexpr (kIsBf16) {
+      SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "bf16")
+    } else {
+      SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "f16")
+    }
   } else {
-    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_REGISTERS, "f16")
-  }
-}
-
-// `a`: all 64 rows in shared memory, see plain_descriptor().
-template <typename T, int kTokens, int kSelector, int kSize>
-__device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], std::uint64_t a,
-                                                      std::uint64_t b, std::uint32_t meta,
-                                                      bool adds) {
-  static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 192, "the sizes above");
-  static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "bf16")
-  } else {
-    SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "f16")
+    static_assert(std::is_same_v<A, std::uint64_t>, "registers or a descriptor");
+    if constexpr (kIsBf16) {
+      SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "bf16")
+    } else {
+      SAMOYEDS_WGMMA_OF(SAMOYEDS_WGMMA_SHARED, "f16")
+    }
   }
 }
 #else
