@@ -156,6 +156,31 @@ def test_experts(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.with_suffix(".png").exists()
 
 
+def test_experts_after_a_rest(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = bench.layers.Shape(hidden=128, inner=64, experts=4, top_k=2)
+    monkeypatch.setitem(bench.layers.SHAPES, "mixtral-8x7b", tiny)
+    monkeypatch.setattr(bench.bench_experts, "FIRST_RESTED", 64)
+    clocks = {50: bench.timing.Clock(CPU), 0: bench.timing.Clock(CPU)}
+    monkeypatch.setattr(bench.bench_experts, "clocks_of", lambda *_, **__: clocks)
+    path = tmp_path / "experts_h200.csv"
+    arguments = ["--device", "cpu", "--models", "mixtral-8x7b", "--patterns", "2:4"]
+    bench.bench_experts.main([*arguments, "--tokens", "63", "64", "--out", str(path)])
+    rows = rows_of(path)
+    rests = {(row["tokens"], row["rest_ms"]) for row in rows}
+    assert rests == {("63", "0"), ("64", "50"), ("64", "0")}
+    for tokens, rest in rests:  # speeds are beside dense after the same rest
+        case = [r for r in rows if (r["tokens"], r["rest_ms"]) == (tokens, rest)]
+        best_us = min(float(row["p50_us"]) for row in case if not row["pattern"])
+        for row in case:
+            expected = pytest.approx(best_us, rel=0.01)
+            assert float(row["x_best_dense"]) * float(row["p50_us"]) == expected
+    pytest.importorskip("matplotlib")
+    shown = bench.plot.rested(rows)
+    assert {(row["tokens"], row["rest_ms"]) for row in shown} == {("63", "0"), ("64", "50")}
+
+
 def test_every_expert_meets_as_many_tokens(bench: ModuleType) -> None:
     tokens = bench.products.Product.parse("64x5x128x3").random_tokens(CPU)
     assert tokens.top_k_index.flatten().bincount().tolist() == [5, 5, 5] == tokens.counts

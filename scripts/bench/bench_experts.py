@@ -11,14 +11,18 @@ the bar, also where it does less (no routing, no gather, no weighted sum).
 Timing (scripts/bench/timing.py): a CUDA graph holds R runs of the layer, each with weights, tokens
 and routing of its own, and its time is divided by R. R is the same for every path of a case: as
 many as it takes for the sparse weights of the experts hit to be 240 MB, four times the L2. The L2
-is flushed before each replay. Random data, uniform routing, bf16; medians with p20 and p80.
+is flushed before each replay. The paths of a case run in turn, a replay of one after one of the
+other, so that all of them meet the same card, whatever it has done before; from 256 tokens on first
+with a rest before each replay, and then without (`rest_ms`), where many tokens come to the card's
+power limit. Speeds compare times after the same rest. Random data, uniform routing, bf16; medians
+with p20 and p80.
 
 The floor of a path is the time to read the weights of the experts hit once, at 4.3 TB/s (the copy
 rate measured in the same run stands in each row); TFLOP/s count the dense products. `peak_mb` is
 what one forward needs beyond its weights. At T = 16 each sparse layer is compared with
 transformers' experts on the decoded weights (relative_error), so that no wrong result is timed.
 
-Writes scripts/bench/results/experts_h200.csv after each model, in place of the rows measured again.
+Writes scripts/bench/results/experts_h200.csv after each case, in place of the rows measured again.
 On a CPU (--device cpu) it runs the plain torch path under a wall clock, to try the script.
 """
 
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,14 +54,16 @@ from layers import (
 )
 from record import gpu_machine, merge_rows
 from targets import TARGET_PATTERN, target_of
-from timing import Clock, Run, Time, copy_rate, peak_bytes
+from timing import Clock, Run, Time, clocks_of, copy_rate, peak_bytes
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from samoyeds_hf import SparsityPattern
 
 RESULTS = Path(__file__).parent / "results" / "experts_h200.csv"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-PATTERNS = ("1:2:32", "1:2:64", "1:2:128", "2:4")
-KEY = ("model", "tokens", "pattern", "path")
+PATTERNS = ("1:2:32", "1:2:64", "1:2:128", "2:4", "3:4:64")
+KEY = ("model", "tokens", "pattern", "path", "rest_ms")
+FIRST_RESTED = 256  # tokens; with fewer the power limit is far
 
 MAX_RELATIVE_ERROR = 0.02  # both sides round to bf16 after each product
 CHECK_TOKENS = 16
@@ -84,37 +90,36 @@ class Case:
     num_tokens: int
     tokens: list[Tokens]
 
+    def __str__(self) -> str:
+        return f"{self.model} T={self.num_tokens}"
+
     @property
     def mean_hit(self) -> float:
         """Experts with tokens, on average over the runs."""
         return sum(tokens.num_hit for tokens in self.tokens) / len(self.tokens)
 
-    def row(
-        self, path: str, pattern: SparsityPattern | None, time: Time, best_us: float
-    ) -> dict[str, object]:
-        floor_us = self.mean_hit * self.shape.expert_bytes(pattern) / FLOOR_BYTES_PER_S * 1e6
-        shape = self.shape
-        flop = 6 * self.num_tokens * shape.top_k * shape.hidden * shape.inner
-        speedup, share = best_us / time.p50, floor_us / time.p50
-        target = target_of(self.model, self.num_tokens, str(pattern))
-        return {
-            "model": self.model,
-            "tokens": self.num_tokens,
-            "pattern": str(pattern) if pattern else "",
-            "path": path,
-            "includes": INCLUDES[path],
-            "p20_us": f"{time.p20:.2f}",
-            "p50_us": f"{time.p50:.2f}",
-            "p80_us": f"{time.p80:.2f}",
-            "floor_us": f"{floor_us:.2f}",
-            "share_of_floor": f"{share:.3f}",
-            "tflops": f"{flop / time.p50 / 1e6:.1f}",
-            "x_best_dense": f"{speedup:.3f}",
-            "target": str(target) if target else "",
-            "met": ("yes" if target.is_met(speedup, share, time.p50) else "no") if target else "",
-            "runs": len(self.tokens),
-            "experts_hit": f"{self.mean_hit:.1f}",
-        }
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the layer: a step for each of the R runs."""
+
+    path: str
+    pattern: SparsityPattern | None
+    steps: Sequence[Run]
+    weight_bytes: int
+    error: float | None = None  # relative, of the first copy
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.pattern or ''}".rstrip()
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Copies of a model's layer, one for each run; the sparse ones by pattern."""
+
+    dense: Sequence[MixtralExperts]
+    sparse: Mapping[SparsityPattern, Sequence[SparseLayer]]
+    errors: Mapping[SparsityPattern, float]
 
 
 def make_cases(model: str, shape: Shape, counts: Sequence[int], device: torch.device) -> list[Case]:
@@ -130,50 +135,15 @@ def make_cases(model: str, shape: Shape, counts: Sequence[int], device: torch.de
     ]
 
 
-def measure(clock: Clock, label: str, steps: Sequence[Run]) -> Time | None:
-    """Time of a path, or None with the reason on stderr: the other paths are still measured."""
-    try:
-        return clock(steps)
-    except (RuntimeError, NotImplementedError) as error:
-        print(f"{label}: not measured, {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return None
-
-
-# --- dense ----------------------------------------------------------------------------------------
-
-
-def measure_dense(case: Case, layers: Sequence[torch.nn.Module], clock: Clock) -> list[dict]:
-    """A row for each dense path."""
-    times: dict[str, Time] = {}
-    peaks: dict[str, int] = {}
-    pairs = list(zip(layers, case.tokens, strict=False))
-    for path in ("grouped_mm", "batched_mm"):
-        if path == "batched_mm" and case.num_tokens * case.shape.top_k > BATCHED_PAIRS:
-            continue
-        for layer in layers:
-            layer.config._experts_implementation = path
-        steps = [partial(layer, *tokens.inputs) for layer, tokens in pairs]
-        if time := measure(clock, f"{case.model} T={case.num_tokens} {path}", steps):
-            times[path] = time
-            peaks[path] = peak_bytes(steps[0], clock.device)
-    for path, make in (("F.grouped_mm alone", grouped_alone), ("cuBLAS loop", cublas_loop)):
-        steps = [make(layer, tokens) for layer, tokens in pairs]
-        if time := measure(clock, f"{case.model} T={case.num_tokens} {path}", steps):
-            times[path] = time
-    best_us = min(time.p50 for time in times.values())
-    weights_mb = f"{case.shape.experts * case.shape.expert_bytes(None) / 1e6:.1f}"
-    return [
-        {
-            **case.row(path, None, time, best_us),
-            "weights_mb": weights_mb,
-            "peak_mb": f"{peaks[path] / 1e6:.1f}" if path in peaks else "",
-            "relative_error": "",
-        }
-        for path, time in times.items()
-    ]
-
-
-# --- sparse ---------------------------------------------------------------------------------------
+def make_layers(
+    shape: Shape, patterns: Sequence[SparsityPattern], count: int, device: torch.device
+) -> Layers:
+    made = {pattern: make_sparse(shape, pattern, count, device) for pattern in patterns}
+    return Layers(
+        [dense_layer(shape, device) for _ in range(count)],
+        {pattern: layers for pattern, (layers, _) in made.items()},
+        {pattern: error for pattern, (_, error) in made.items()},
+    )
 
 
 def make_sparse(
@@ -187,60 +157,130 @@ def make_sparse(
         if len(layers) == 1:
             tokens = random_tokens(shape, CHECK_TOKENS, device)
             error = relative_error(shape, layers[0], stored, tokens)
+    if not error < MAX_RELATIVE_ERROR:
+        raise SystemExit(
+            f"{shape} {pattern}: the relative error must be below {MAX_RELATIVE_ERROR}, found "
+            f"{error:.3g}; wrong results are not timed."
+        )
     return layers, error
 
 
-def measure_sparse(
-    case: Case, layers: Sequence[SparseLayer], error: float, best_us: float, clock: Clock
-) -> dict | None:
-    pattern = layers[0].pattern
-    steps = [
-        partial(layer, *tokens.inputs) for layer, tokens in zip(layers, case.tokens, strict=False)
-    ]
-    time = measure(clock, f"{case.model} T={case.num_tokens} {pattern}", steps)
-    if time is None:
-        return None
-    return {
-        **case.row(OURS, pattern, time, best_us),
-        "weights_mb": f"{layers[0].num_bytes / 1e6:.1f}",
-        "peak_mb": f"{peak_bytes(steps[0], clock.device) / 1e6:.1f}",
-        "relative_error": f"{error:.2e}",
+# --- ways to run a layer --------------------------------------------------------------------------
+
+
+def ways_of(case: Case, layers: Layers) -> list[Way]:
+    """Those that run; of others the reason goes to stderr."""
+    ways = dense_ways(case, layers.dense)
+    for pattern, copies in layers.sparse.items():
+        steps = [
+            partial(layer, *tokens.inputs)
+            for layer, tokens in zip(copies, case.tokens, strict=False)
+        ]
+        ways.append(Way(OURS, pattern, steps, copies[0].num_bytes, layers.errors[pattern]))
+    return [way for way in ways if does_run(way, case)]
+
+
+def dense_ways(case: Case, layers: Sequence[MixtralExperts]) -> list[Way]:
+    pairs = list(zip(layers, case.tokens, strict=False))
+    is_few = case.num_tokens * case.shape.top_k <= BATCHED_PAIRS
+    steps: dict[str, list[Run]] = {
+        path: [partial(run_as, path, layer, tokens) for layer, tokens in pairs]
+        for path in ("grouped_mm", *(("batched_mm",) if is_few else ()))
     }
+    steps["F.grouped_mm alone"] = [grouped_alone(layer, tokens) for layer, tokens in pairs]
+    steps["cuBLAS loop"] = [cublas_loop(layer, tokens) for layer, tokens in pairs]
+    weight_bytes = case.shape.experts * case.shape.expert_bytes(None)
+    return [Way(path, None, runs, weight_bytes) for path, runs in steps.items()]
+
+
+def run_as(implementation: str, layer: MixtralExperts, tokens: Tokens) -> torch.Tensor:
+    layer.config._experts_implementation = implementation
+    return layer(*tokens.inputs)
+
+
+def does_run(way: Way, case: Case) -> bool:
+    """If not, the others are still measured."""
+    try:
+        way.steps[0]()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"{case} {way}: not measured, {reason}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure_model(
-    model: str, counts: Sequence[int], patterns: Sequence[SparsityPattern], clock: Clock
-) -> list[dict]:
-    shape, device = SHAPES[model], clock.device
+    model: str,
+    counts: Sequence[int],
+    patterns: Sequence[SparsityPattern],
+    clocks: Mapping[int, Clock],
+    device: torch.device,
+) -> Iterator[list[dict]]:
+    """The rows of each case, as soon as they are there."""
+    shape = SHAPES[model]
     cases = make_cases(model, shape, counts, device)
-    most = max(len(case.tokens) for case in cases)
-    dense = [dense_layer(shape, device) for _ in range(most)]
-    rows = {case.num_tokens: measure_dense(case, dense, clock) for case in cases}
-    del dense
-    empty_cache(device)
-    best = {count: best_of(dense_rows) for count, dense_rows in rows.items()}
-    for pattern in patterns:
-        layers, error = make_sparse(shape, pattern, most, device)
-        if not error < MAX_RELATIVE_ERROR:
-            raise SystemExit(
-                f"{model} {pattern}: the relative error must be below {MAX_RELATIVE_ERROR}, found "
-                f"{error:.3g}; wrong results are not timed."
-            )
-        for case in cases:
-            row = measure_sparse(case, layers, error, best[case.num_tokens][0], clock)
-            rows[case.num_tokens] += [row] if row else []
-        del layers
+    layers = make_layers(shape, patterns, max(len(case.tokens) for case in cases), device)
+    for case in cases:
+        yield measure(case, layers, clocks)
         empty_cache(device)
-    for count, (best_us, path) in best.items():
-        print_line(model, count, best_us, path, [r for r in rows[count] if r["path"] == OURS])
-    return [row for of_case in rows.values() for row in of_case]
 
 
-def best_of(rows: Sequence[dict]) -> tuple[float, str]:
-    return min((float(row["p50_us"]), row["path"]) for row in rows)
+def measure(case: Case, layers: Layers, clocks: Mapping[int, Clock]) -> list[dict]:
+    """A row for each way after each rest."""
+    ways, rows = ways_of(case, layers), []
+    device = case.tokens[0].hidden.device
+    peaks = {
+        str(way): f"{peak_bytes(way.steps[0], device) / 1e6:.1f}"
+        for way in ways
+        if INCLUDES[way.path] == FULL
+    }
+    for rest_ms, clock in clocks.items():
+        if rest_ms and case.num_tokens < FIRST_RESTED:
+            continue
+        times = [turns.time for turns in clock.in_turn([way.steps for way in ways])]
+        pairs = list(zip(ways, times, strict=True))
+        best_us, best = min((time.p50, way.path) for way, time in pairs if not way.pattern)
+        found = [
+            {**row_of(case, *pair, best_us), "rest_ms": rest_ms, "peak_mb": peaks.get(str(pair[0]))}
+            for pair in pairs
+        ]
+        print_line(case, rest_ms, best_us, best, [row for row in found if row["path"] == OURS])
+        rows += found
+    return rows
 
 
-def print_line(model: str, count: int, best_us: float, path: str, rows: Sequence[dict]) -> None:
+def row_of(case: Case, way: Way, time: Time, best_us: float) -> dict[str, object]:
+    shape, pattern = case.shape, way.pattern
+    floor_us = case.mean_hit * shape.expert_bytes(pattern) / FLOOR_BYTES_PER_S * 1e6
+    flop = 6 * case.num_tokens * shape.top_k * shape.hidden * shape.inner
+    speedup, share = best_us / time.p50, floor_us / time.p50
+    target = target_of(case.model, case.num_tokens, str(pattern))
+    return {
+        "model": case.model,
+        "tokens": case.num_tokens,
+        "pattern": str(pattern) if pattern else "",
+        "path": way.path,
+        "includes": INCLUDES[way.path],
+        "p20_us": f"{time.p20:.2f}",
+        "p50_us": f"{time.p50:.2f}",
+        "p80_us": f"{time.p80:.2f}",
+        "floor_us": f"{floor_us:.2f}",
+        "share_of_floor": f"{share:.3f}",
+        "tflops": f"{flop / time.p50 / 1e6:.1f}",
+        "x_best_dense": f"{speedup:.3f}",
+        "target": str(target) if target else "",
+        "met": ("yes" if target.is_met(speedup, share, time.p50) else "no") if target else "",
+        "runs": len(case.tokens),
+        "experts_hit": f"{case.mean_hit:.1f}",
+        "weights_mb": f"{way.weight_bytes / 1e6:.1f}",
+        "relative_error": "" if way.error is None else f"{way.error:.2e}",
+    }
+
+
+def print_line(case: Case, rest_ms: int, best_us: float, path: str, rows: Sequence[dict]) -> None:
     cells = [
         f"{row['pattern']} {float(row['p50_us']):8.1f} us {float(row['x_best_dense']):5.2f}x "
         f"{float(row['share_of_floor']):4.0%}"
@@ -248,8 +288,10 @@ def print_line(model: str, count: int, best_us: float, path: str, rows: Sequence
     ]
     verdicts = {"yes": "met", "no": "MISSED"}
     met = [f"{verdicts[row['met']]} ({row['target']})" for row in rows if row["met"]]
-    line = [f"{model:16} T={count:<5} best dense {best_us:8.1f} us ({path})", *cells, *met]
-    print(" | ".join(line), flush=True)
+    name = f"{case}, {rest_ms} ms of rest"
+    print(
+        " | ".join([f"{name:42} best dense {best_us:8.1f} us ({path})", *cells, *met]), flush=True
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -273,16 +315,16 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or (None if args.quick else RESULTS)
     device = torch.device(args.device)
     torch.manual_seed(0)
-    clock = Clock(device, budget_ms=10 if args.quick else 60)
+    clocks = clocks_of(device, budget_ms=10 if args.quick else 60)
     columns = gpu_machine(device)
     rate = copy_rate(device) / 1e12 if device.type == "cuda" else 0.0
     print(f"{columns['gpu']}, device copy {rate:.2f} TB/s; kernels: {columns['kernels']}")
     columns = {"copy_tb_per_s": f"{rate:.3f}", **columns}
     with torch.no_grad():
         for model in args.models:
-            rows = measure_model(model, counts, patterns, clock)
-            if out:
-                merge_rows(out, [{**row, **columns} for row in rows], KEY)
+            for rows in measure_model(model, counts, patterns, clocks, device):
+                if out:
+                    merge_rows(out, [{**row, **columns} for row in rows], KEY)
     print(f"written to {out}" if out else "not written")
 
 

@@ -43,14 +43,13 @@ from layers import Tokens, empty_cache
 from products import Product, dense_step, relative_error, sparse_step
 from record import gpu_machine, merge_rows
 from targets import TARGET_PATTERN, ceiling_tflops, product_target_of
-from timing import Clock, Run, Time
+from timing import Clock, Run, Time, clocks_of
 
 from samoyeds_hf import SparsityPattern
 from samoyeds_hf.errors import BuildError
 
 RESULTS = Path(__file__).parent / "results" / "ssmm_h200.csv"
 KEY = ("m", "n", "k", "groups", "pattern", "path", "rest_ms")
-RESTS_MS = (50, 0)
 MAX_RELATIVE_ERROR = 0.01  # both sides round to bf16 once
 
 CASES = {  # shapes and their patterns
@@ -280,8 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     is_cuda = device.type == "cuda"
     out = args.out or (RESULTS if is_cuda and not args.quick else None)
     torch.manual_seed(0)
-    budget_ms = 50 if args.quick else 600
-    clocks = {ms: Clock(device, budget_ms, rest_s=ms / 1e3) for ms in RESTS_MS if is_cuda or not ms}
+    clocks = clocks_of(device, budget_ms=50 if args.quick else 600)
     columns = gpu_machine(device)
     print(f"{columns['gpu']}; kernels: {columns['kernels']}")
 

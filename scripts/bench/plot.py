@@ -31,7 +31,11 @@ def rows_of(path: Path) -> Rows:
 
 
 def plot_experts(rows: Rows) -> plt.Figure:
-    """Times the best dense path, and share of the byte floor, over tokens; a column a model."""
+    """Times the best dense path, and share of the byte floor, over tokens; a column a model.
+
+    After a rest, where a case was measured so too.
+    """
+    rows = rested(rows)
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(
         2, len(models), figsize=(4 * len(models), 7), squeeze=False, sharex=True, sharey="row"
@@ -57,10 +61,19 @@ def plot_experts(rows: Rows) -> plt.Figure:
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(
         "One layer of experts, bf16: higher is better, - is the target at "
-        f"{TARGET_PATTERN}\n{caption(rows)}",
+        f"{TARGET_PATTERN}; after a rest from 256 tokens on\n{caption(rows)}",
         fontsize=10,
     )
     return figure
+
+
+def rested(rows: Rows) -> Rows:
+    """Of each case those after its longest rest."""
+    longest: dict[tuple[str, str], int] = {}
+    for row in rows:
+        case = row["model"], row["tokens"]
+        longest[case] = max(longest.get(case, 0), int(row["rest_ms"]))
+    return [row for row in rows if int(row["rest_ms"]) == longest[row["model"], row["tokens"]]]
 
 
 def _draw_targets(speed: plt.Axes, share: plt.Axes, model: str, ours: Rows) -> None:

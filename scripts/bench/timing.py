@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 FLUSH_BYTES = 1 << 30  # many times the 60 MB L2 of an H200; takes about 0.25 ms to read
 FLUSH_KERNEL = "at::native::reduce_kernel"  # what reads them
 MIN_REPLAYS, MAX_REPLAYS = 12, 50
+RESTS_MS = (50, 0)  # of the device, before each replay
 CPU_ROUNDS = 3
 
 Run = Callable[[], object]
@@ -152,6 +153,12 @@ class Clock:
                     step()
                 samples.append((time.perf_counter() - start) * 1e6 / len(steps))
         return [Turns(Time.of(samples)) for samples in times]
+
+
+def clocks_of(device: torch.device, budget_ms: float) -> dict[int, Clock]:
+    """By milliseconds of rest; a CPU takes none."""
+    rests = RESTS_MS if device.type == "cuda" else (0,)
+    return {ms: Clock(device, budget_ms, rest_s=ms / 1e3) for ms in rests}
 
 
 def capture(steps: Sequence[Run]) -> torch.cuda.CUDAGraph:
