@@ -161,6 +161,7 @@ def test_experts_after_a_rest(
 ) -> None:
     tiny = bench.layers.Shape(hidden=128, inner=64, experts=4, top_k=2)
     monkeypatch.setitem(bench.layers.SHAPES, "mixtral-8x7b", tiny)
+    monkeypatch.setattr(bench.layers, "COLD_BYTES", 1e5)
     monkeypatch.setattr(bench.bench_experts, "FIRST_RESTED", 64)
     clocks = {50: bench.timing.Clock(CPU), 0: bench.timing.Clock(CPU)}
     monkeypatch.setattr(bench.bench_experts, "clocks_of", lambda *_, **__: clocks)

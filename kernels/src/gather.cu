@@ -16,6 +16,7 @@ constexpr int kPanelsAtOnce = 2;
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(Gather args) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
+  if (args.num_claimed && threadIdx.x + blockIdx.x + blockIdx.y == 0) *args.num_claimed = 0;
   const int chunk = threadIdx.x % kPanelChunks;
   const int place = blockIdx.x * kPlacesAtOnce + threadIdx.x / kPanelChunks;
   const int first = blockIdx.y * kPanelsAtOnce, panels = args.columns / kPanelCols;

@@ -30,7 +30,7 @@ void lay_out_workspace(Job& job) {
     return take(max_tiles(job.num_pairs, job.num_experts, tiling) *
                 static_cast<std::int64_t>(sizeof(Tile)));
   };
-  job.counts = take(2 * sizeof(int));
+  job.counts = take(4 * sizeof(int));
   job.run_counts =
       take(num_run_counts(job.num_pairs, job.num_experts) * static_cast<std::int64_t>(sizeof(int)));
   job.max_places = job.is_hopper ? max_places(job.num_pairs, job.num_experts) : job.num_pairs;

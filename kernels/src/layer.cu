@@ -84,6 +84,7 @@ class Runner {
     args.places = places();
     args.tiles = tiles(for_down);
     args.num_tiles = num_tiles(for_down);
+    args.num_claimed = num_claimed(false);
     stream_.overlaps = false;
     return samoyeds::route(stream_, args);
   }
@@ -116,12 +117,13 @@ class Runner {
                    pairs(),
                    0,
                    make_divisor(is_down ? 1 : static_cast<int>(job_.routing->top_k)),
-                   0};
+                   {}};
     args.out = out;
     args.output = output;
     args.split_stride = job_.num_pairs * weight.rows;
     args.places = static_cast<int>(job_.max_places);
     args.is_early = is_early;
+    args.num_claimed = num_claimed(is_down);
     stream_.overlaps = overlaps;
     return multiply(stream_, dtype(), plan, args,
                     max_tiles(job_.num_pairs, job_.num_experts, tiling_of(layout, plan)));
@@ -168,6 +170,9 @@ class Runner {
   int* num_tiles(bool for_down) const {
     const bool is_second = for_down && job_.up && !shares_tiles();
     return reinterpret_cast<int*>(at(job_.counts)) + (is_second ? 1 : 0);
+  }
+  int* num_claimed(bool for_down) const {
+    return reinterpret_cast<int*>(at(job_.counts)) + 2 + (for_down ? 1 : 0);
   }
   SamoyedsDtype dtype() const {
     return static_cast<SamoyedsDtype>(job_.down ? job_.down->dtype : job_.up->dtype);
@@ -237,7 +242,7 @@ namespace {
 struct LinearJob {
   Layout layout{};
   SamoyedsPlan plan{};
-  std::int64_t places = 0, workspace_bytes = 0;
+  std::int64_t places = 0, panel_bytes = 0, workspace_bytes = 0;  // panels, then num_claimed
 };
 
 Error prepare_linear(const Device& device, const SamoyedsLaunch& launch,
@@ -252,7 +257,8 @@ Error prepare_linear(const Device& device, const SamoyedsLaunch& launch,
       plan_product(device, launch.plan, job.layout, 1, num_rows, 1, false, true, job.plan));
   if (is_hopper(job.plan)) {
     job.places = max_places(num_rows, 1);
-    job.workspace_bytes = job.places * job.layout.cols * 2;
+    job.panel_bytes = job.places * job.layout.cols * 2;
+    job.workspace_bytes = job.panel_bytes + static_cast<std::int64_t>(sizeof(int));
   }
   return {};
 }
@@ -293,13 +299,15 @@ Error linear(const SamoyedsLaunch* launch, const SamoyedsWeight* weight, const v
     gathered.pairs_per_row = make_divisor(1);
     gathered.max_places = static_cast<int>(job.places);
     gathered.panels = launch->workspace;
+    args.num_claimed = gathered.num_claimed =
+        reinterpret_cast<int*>(static_cast<std::uint8_t*>(launch->workspace) + job.panel_bytes);
     SAMOYEDS_RETURN_IF_ERROR(gather(stream, gathered));
     x = launch->workspace;
     stream.overlaps = true;
   }
   args.packed = static_cast<const std::uint8_t*>(weight->packed);
   args.x = x;
-  args.tokens = {nullptr, nullptr, nullptr, static_cast<int>(num_rows), make_divisor(1), 0};
+  args.tokens = {nullptr, nullptr, nullptr, static_cast<int>(num_rows), make_divisor(1), {}};
   args.out = out;
   args.output = Output::kRows;
   args.places = static_cast<int>(job.places);

@@ -1,8 +1,10 @@
 // Which instance of the matrix kernel runs, and into what parts the product is cut, by the rules of
 // rules.hpp.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 
 #include "samoyeds/hopper.cuh"
 #include "samoyeds/launch.hpp"
@@ -55,37 +57,90 @@ bool leaves_half_a_part(const SsmmVariant& variant, const Layout& layout) {
   return slabs > whole && slabs % whole == whole / 2;
 }
 
-// When the last cluster is done with `full` items of a cost and then `rest` items of another, each
-// taken by the cluster that is free first: what SlabScheduler::item() comes to in one or two
-// rounds.
-std::int64_t end_of_items(std::int64_t full, int full_cost, std::int64_t rest, int rest_cost,
-                          int num_clusters) {
-  std::int64_t early = full / num_clusters * full_cost, late = early + full_cost;
-  const std::int64_t num_late = full % num_clusters, num_early = num_clusters - num_late;
-  if (num_late == 0) late = early;
-  while (rest > 0) {
-    const bool is_early = early <= late || num_late == 0;
-    rest -= is_early ? num_early : num_late;
-    (is_early ? early : late) += rest_cost;
+// When clusters are done, each of which takes the next item when it is free.
+class Clusters {
+ public:
+  explicit Clusters(std::int64_t count) : levels_{{{0, count}}} {}
+
+  // So many items of the same time.
+  void take(std::int64_t items, std::int64_t time) {
+    while (items > 0) {
+      Level& first = *std::min_element(
+          begin(), end(), [](const Level& a, const Level& b) { return a.free_at < b.free_at; });
+      if (items < first.count) {  // once for each time: the others remain
+        levels_[num_levels_++] = {first.free_at, first.count - items};
+        first.count = items;
+      }
+      // Where all are free at once, whole rounds at once.
+      const std::int64_t rounds = num_levels_ == 1 ? items / first.count : 1;
+      first.free_at += rounds * time;
+      items -= rounds * first.count;
+    }
   }
-  return std::max(early, late);
+  std::int64_t last() const {
+    std::int64_t last = 0;
+    for (int i = 0; i < num_levels_; ++i) last = std::max(last, levels_[i].free_at);
+    return last;
+  }
+
+ private:
+  struct Level {
+    std::int64_t free_at, count;
+  };
+  Level* begin() { return levels_.data(); }
+  Level* end() { return begin() + num_levels_; }
+
+  std::array<Level, 4> levels_;  // one, and one more for each of up to three times
+  int num_levels_ = 1;
+};
+
+// Of the Hopper kernel, in clocks, run 50 of its log: a step of 128 columns takes 353 more than the
+// 4 of each token at the peak (8 where N = M), and an item some 3000 beside its steps.
+std::int64_t item_clocks(int tokens, const Layout& layout) {
+  const int multiplied = ceil_div(tokens, kHopperStep) * kHopperStep;
+  return static_cast<std::int64_t>(layout.blocks) * (353 + slab_tiles(layout) * multiplied) + 3000;
 }
 
-// Of the Hopper kernel without routing: tokens of a full tile, so that its items end soonest. An
-// item costs as many tokens as it multiplies, and kSame for what any number of them costs: at
-// 14336 x 4096 x 4096 a step of 128 columns takes 353 clocks more than the 4 of each token at the
-// peak, and an item some 6300 more beside its 32 steps.
-int best_tile_tokens(const SsmmVariant& variant, int num_rows, int parts, int num_clusters) {
-  constexpr int kSame = 144;
-  const auto cost = [](int tokens) { return ceil_div(tokens, kHopperStep) * kHopperStep + kSame; };
-  int best = variant.tokens;
-  std::int64_t best_time = INT64_MAX;
-  for (int tokens = variant.tokens; tokens >= variant.tokens / 2; tokens -= kHopperStep) {
-    const std::int64_t full = static_cast<std::int64_t>(num_rows / tokens) * parts;
-    const int rest = num_rows % tokens;
-    const std::int64_t time =
-        end_of_items(full, cost(tokens), rest > 0 ? parts : 0, cost(rest), num_clusters);
-    if (time < best_time) best_time = time, best = tokens;
+// When the items of these tiles end, or nothing where that cannot be before `bound`.
+std::optional<std::int64_t> end_of_items(const TileSizes& sizes, int num_rows, int parts,
+                                         const Layout& layout, int num_clusters,
+                                         std::int64_t bound) {
+  struct Same {
+    std::int64_t tiles, clocks;
+  };
+  const int num_full = std::max(0, sizes.num_small - 1);
+  const int rest = num_rows - sizes.num_large * sizes.large - num_full * sizes.small;
+  const Same all[] = {{sizes.num_large, item_clocks(sizes.large, layout)},
+                      {num_full, item_clocks(sizes.small, layout)},
+                      {rest > 0 ? 1 : 0, item_clocks(rest, layout)}};
+  std::int64_t sum = 0;
+  for (const Same& each : all) sum += each.tiles * parts * each.clocks;
+  if (sum / num_clusters >= bound) return {};
+  Clusters clusters(num_clusters);
+  for (const Same& each : all) clusters.take(each.tiles * parts, each.clocks);
+  return clusters.last();
+}
+
+// Of the Hopper kernel without routing: sizes with which the items end soonest. As few small tiles
+// as there can be, or one more.
+TileSizes best_sizes(const SsmmVariant& variant, int num_rows, int parts, const Layout& layout,
+                     int num_clusters) {
+  TileSizes best{};
+  std::int64_t best_end = INT64_MAX;
+  const auto consider = [&](const TileSizes& sizes) {
+    const auto end = end_of_items(sizes, num_rows, parts, layout, num_clusters, best_end);
+    if (end && *end < best_end) best_end = *end, best = sizes;
+  };
+  for (int large = variant.tokens; large >= variant.tokens / 2; large -= kHopperStep) {
+    for (int without = 0; without <= std::min(kMaxGroup, num_rows / large); ++without) {
+      const int num_large = num_rows / large - without, left = num_rows - num_large * large;
+      const int least = ceil_div(left, large);
+      if (left == 0) consider({large, num_large, large, 0});
+      for (int count = least; count <= std::min(least + 1, kMaxGroup) && left > 0; ++count) {
+        const int small = ceil_div(ceil_div(left, count), kHopperStep) * kHopperStep;
+        consider({large, num_large, small, ceil_div(left, small)});
+      }
+    }
   }
   return best;
 }
@@ -265,8 +320,9 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   const int cluster = variant.cluster;
   if (variant.is_hopper && !args.tokens.tiles) {
     const int num_clusters = stream.device.num_sms / cluster;
-    args.tokens.tile_tokens = best_tile_tokens(variant, args.tokens.num_rows, parts, num_clusters);
-    max_tiles = ceil_div(args.tokens.num_rows, args.tokens.tile_tokens);
+    const TileSizes& sizes = args.tokens.sizes =
+        best_sizes(variant, args.tokens.num_rows, parts, args.layout, num_clusters);
+    max_tiles = sizes.num_large + sizes.num_small;
   }
   if (max_tiles > kMaxTiles) {
     return unsupported("a product must have at most " + std::to_string(kMaxTiles) +

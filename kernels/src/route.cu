@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     const int total =
         prefix_sums(num_experts, tiles_of, [&](int e, int sum) { first_tile[e] = sum; });
     if (lane == 0 && blockIdx.x == 0) *args.num_tiles = total;
+    if (lane < 2 && blockIdx.x == 0 && args.num_claimed) args.num_claimed[lane] = 0;
   }
   __syncthreads();
 

@@ -52,6 +52,13 @@ struct Tiling {
 inline constexpr int kNoPlace = -1, kNoPair = -1;
 static_assert(sizeof(Tile) == 16, "a tile is one load, and four numbers of samoyeds_route()");
 
+// Without routing, for the Hopper kernel: tiles of `large` tokens, and then of `small`, of which
+// the last may have less. Multiples of kBoxRows.
+struct TileSizes {
+  int large, num_large;
+  int small, num_small;
+};
+
 // Which rows of x meet which expert. Without routing (tiles == nullptr) all rows meet expert 0.
 struct Tokens {
   const Tile* tiles;
@@ -59,7 +66,7 @@ struct Tokens {
   const int* pairs;
   int num_rows;           // of x, without routing
   Divisor pairs_per_row;  // rows of x are tokens: K; or pairs: 1
-  int tile_tokens;        // of a full tile, without routing; for the Hopper kernel
+  TileSizes sizes;
 };
 
 enum class Output {
@@ -91,7 +98,8 @@ struct SsmmArgs {
   bool is_early;  // the routing is complete although the previous kernel may still run; for the
                   // Hopper kernel it always is
   Divisor whole_parts;  // of the Hopper kernel: `parts` without half a part that is left
-  TensorMap matrix;     // of `out`, kMatrix only: boxes of kBoxRows x one panel
+  int* num_claimed;  // of the Hopper kernel's items, beside the first of each cluster; 0 at first
+  TensorMap matrix;  // of `out`, kMatrix only: boxes of kBoxRows x one panel
 };
 
 }  // namespace samoyeds

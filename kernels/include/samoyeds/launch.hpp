@@ -79,12 +79,13 @@ struct Route {
   const std::int64_t* top_k_index;  // [pairs]
   int num_pairs, num_experts;
   Tiling tiling;
-  int* run_counts;  // [num_run_counts()]; null: slower where pairs are many
-  int* pairs;       // [pairs]; with places [max_places()], kNoPair where there is none
-  int* places;      // [pairs]  where each pair is in `pairs`, or kNoPlace; or null
-  Tile* tiles;      // [max_tiles()]
-  int* num_tiles;   // [1]
-  int max_places;   // set by route()
+  int* run_counts;   // [num_run_counts()]; null: slower where pairs are many
+  int* pairs;        // [pairs]; with places [max_places()], kNoPair where there is none
+  int* places;       // [pairs]  where each pair is in `pairs`, or kNoPlace; or null
+  Tile* tiles;       // [max_tiles()]
+  int* num_tiles;    // [1]
+  int* num_claimed;  // [2], both products' of SsmmArgs; or null
+  int max_places;    // set by route()
 };
 std::int64_t num_run_counts(std::int64_t num_pairs, std::int64_t num_experts);
 Error route(Stream stream, Route args);
@@ -97,6 +98,7 @@ struct Gather {
   int num_rows;      // without pairs
   int max_places;
   void* panels;
+  int* num_claimed;  // [1], of SsmmArgs; null: where there was routing
 };
 Error gather(const Stream& stream, const Gather& args);
 Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,

@@ -16,7 +16,7 @@ struct Job {
   SamoyedsPlan up_plan{}, down_plan{};
   std::int64_t num_pairs = 0, num_experts = 0;
   // Bytes from the start of the workspace; two products with tiles of one size share their tiles.
-  std::int64_t counts = 0;      // int [2]  tiles of the up product, of the down product
+  std::int64_t counts = 0;      // int [4]  tiles of up, of down; items claimed of up, of down
   std::int64_t run_counts = 0;  // int [num_run_counts()]
   std::int64_t pairs = 0;       // int [places]
   std::int64_t places = 0;      // int [pairs]  only where a product reads panels, as the next two

@@ -32,7 +32,7 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
   // there before it: each kernel lets the next one start only when it has waited itself.
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
-  scheduler.for_each([&](const SlabWork& work, auto&& look_ahead) {
+  scheduler.template for_each<true>(buffers, [&](const SlabWork& work, auto&& look_ahead) {
     // Eight places at a time, so that what is copied is as it lies there; a share for each block.
     const int eights = ceil_div(work.count(), kPlaceAlign);
     const bool is_alone = work.is_alone();
@@ -80,7 +80,7 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
-  scheduler.for_each([&](const SlabWork& work, auto&& look_ahead) {
+  scheduler.template for_each<false>(buffers, [&](const SlabWork& work, auto&& look_ahead) {
     const std::uint8_t* expert = args.packed + work.expert * layout.expert_bytes;
     const int first = work.first_slab() * Buffers::kSlabTiles;
     const int count = work.num_slabs() * Buffers::kSlabTiles;

@@ -79,14 +79,15 @@ struct HopperBuffers {
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
   static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
-  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses;
+  static constexpr int kNumbers = 8;           // of items, see number_of_next()
+  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses + kNumbers;
   static constexpr int kItemBytes = 8;      // SlabWork but for its expert
   static constexpr int kResultsBytes = 16;  // whose results a warpgroup's are: item, last slot
   static constexpr int kAlignment = 1024;   // of swizzled rows
   static constexpr int kBytes =
       kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
       Shape::kGroups * (kOwn * kPassBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
-      kBarriers * 8;
+      kBarriers * 8 + kNumbers * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -118,7 +119,7 @@ struct HopperBuffers {
     return full_weights(2 * kSlots * kParts) + (group * kMaxPasses + pass) * 8;
   }
   __device__ std::uint32_t item(int slot) const {
-    return staged(Shape::kGroups, 0) + slot * kItemBytes;
+    return staged(Shape::kGroups, 0) + kNumbers * 8 + slot * kItemBytes;
   }
   __device__ std::uint32_t results_of(int group) const {
     return item(kSlots) + group * kResultsBytes;
@@ -139,6 +140,23 @@ struct HopperBuffers {
         ptx::init_barrier(staged(group, pass), kGroupWarps);
       }
     }
+    for (int round = 0; round < kNumbers; ++round) ptx::init_barrier(told(round), 1);
+  }
+
+  // Which item comes after that of a round. One warp of the cluster tells both thread blocks, in
+  // each of which one thread expects it. There are more places for it than rounds that the first
+  // of the warps that load, or bring numbers, can be ahead of the last: items of one block of k
+  // each are as many as there are slots, and one more.
+  __device__ void expect_number(int round) const { ptx::arrive_expecting(told(round), 4); }
+  __device__ void tell_number(int round, int number) const {
+    for (int rank = 0; rank < Shape::kCluster; ++rank) {
+      ptx::send_word(number_at(round), static_cast<std::uint32_t>(number), told(round), rank);
+    }
+  }
+  __device__ int number_of_next(int round) const {
+    static_assert(kNumbers > kSlots + 1, "none is overwritten before all have read it");
+    ptx::wait(told(round), round / kNumbers % 2);
+    return uniform(static_cast<int>(ptx::load_shared_word(number_at(round))));
   }
 
   // Weights come first, then the tokens, half by half. What is no part of its own is there, and is
@@ -226,6 +244,13 @@ struct HopperBuffers {
     return (pass % kOwn == 0 ? kFreeBarrier : kOtherFreeBarrier) + group;
   }
 
+  __device__ std::uint32_t told(int round) const {
+    return staged(Shape::kGroups, 0) + round % kNumbers * 8;
+  }
+  __device__ std::uint32_t number_at(int round) const {
+    return results_of(Shape::kGroups) + round % kNumbers * 4;
+  }
+
   __device__ static void put(std::uint32_t to, const SlabWork& work) {
     ptx::store_shared(to, static_cast<std::uint32_t>(work.first),
                       static_cast<std::uint32_t>(work.packed));
@@ -240,50 +265,51 @@ struct HopperBuffers {
   }
 };
 
-// Which item a cluster computes next; as Scheduler, with slabs as rows and without splits.
+// Which item a cluster computes next: the first one that nobody has claimed yet. Dealt out ahead of
+// time, items had kept some clusters busy after others were done, as they take different times.
 template <class Shape>
 class SlabScheduler {
  public:
   __device__ explicit SlabScheduler(const SsmmArgs& args) : args_(args) {}
 
-  // The item of this cluster in a round. Every other round goes through the clusters backwards:
-  // where items become smaller, who had one of the larger is last to get one more.
-  __device__ static int item(int round) {
-    const int clusters = gridDim.x / Shape::kCluster, own = blockIdx.x / Shape::kCluster;
-    return round * clusters + (round % 2 ? clusters - 1 - own : own);
-  }
-
   // Without tokens beyond the last item. Reads what it needs each time rather than keep registers.
   __device__ SlabWork at(int item) const {
     const int num_tiles =
         uniform(args_.tokens.tiles ? __ldg(args_.tokens.num_tiles)
-                                   : ceil_div(args_.tokens.num_rows, args_.tokens.tile_tokens));
+                                   : args_.tokens.sizes.num_large + args_.tokens.sizes.num_small);
     const int parts = args_.parts.value, whole_parts = args_.whole_parts.value;
-    const int num_items = num_tiles * parts;
-    if (whole_parts == parts) {
-      return item < num_items ? of_part(item, args_.parts) : SlabWork{};
-    }
     // Half parts of two tiles are one item, where that saves a round. It comes about when whole
     // parts of those tiles do, whose tokens are then in the L2.
-    const int num_whole = num_tiles * whole_parts, num_paired = num_whole + ceil_div(num_tiles, 2);
-    const int clusters = gridDim.x / Shape::kCluster;
-    if (ceil_div(num_paired, clusters) == ceil_div(num_items, clusters)) {
-      return item < num_items ? of_part(item, args_.parts) : SlabWork{};
-    }
+    const int num_whole = num_tiles * whole_parts, clusters = gridDim.x / Shape::kCluster;
+    const int num_single = num_tiles * parts, num_paired = num_whole + ceil_div(num_tiles, 2);
+    const bool is_paired =
+        whole_parts < parts && ceil_div(num_paired, clusters) < ceil_div(num_single, clusters);
+    const int num_items = is_paired ? num_paired : num_single;
+    if (item >= num_items) return {};
+    if (!is_paired) return of_part(item, args_.parts);
     const int period = 2 * whole_parts + 1, pair = item / period, whole = item - pair;
     if (item % period < 2 * whole_parts && whole < num_whole) {
       return of_part(whole, args_.whole_parts);
     }
-    return item < num_paired ? of_half_parts(2 * pair, num_tiles) : SlabWork{};
+    return of_half_parts(2 * pair, num_tiles);
   }
 
   // Calls visit(SlabWork, look_ahead) for each item of this cluster; look_ahead() is to be called
-  // once meanwhile, where there is time to look up the next one.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit&& visit) const {
-    SlabWork work = at(item(0)), next;
+  // once meanwhile, where there is time to look up the next one. kTells: by one warp of each thread
+  // block, when the kernel before has ended; the first one's claims the next item.
+  template <bool kTells, class Buffers, typename Visit>
+  __device__ __forceinline__ void for_each(const Buffers& buffers, Visit&& visit) const {
+    const int clusters = gridDim.x / Shape::kCluster;
+    const bool tells = kTells && threadIdx.x % kWarpThreads == 0;
+    const bool claims = tells && blockIdx.x % Shape::kCluster == 0;
+    SlabWork work = at(blockIdx.x / Shape::kCluster), next;
     for (int round = 0; work.count() > 0; ++round, work = next) {
-      visit(work, [&] { next = at(item(round + 1)); });
+      if (tells) buffers.expect_number(round);
+      const int claimed = claims ? clusters + atomicAdd(args_.num_claimed, 1) : 0;
+      visit(work, [&] {
+        if (claims) buffers.tell_number(round, claimed);
+        next = at(buffers.number_of_next(round));
+      });
     }
   }
 
@@ -330,12 +356,16 @@ class SlabScheduler {
       const int4 t = __ldg(reinterpret_cast<const int4*>(args_.tokens.tiles) + number);
       return {t.x, t.y, t.z, t.w};
     }
-    const int tokens = args_.tokens.tile_tokens, rest = args_.tokens.num_rows - number * tokens;
-    // A tile that is not full comes last, in a group of its own: it fills what the others leave.
-    const int num_full = args_.tokens.num_rows / tokens;
-    const int group_first = rest < tokens ? number : number / kMaxGroup * kMaxGroup;
-    const int group_size = rest < tokens ? 1 : min(kMaxGroup, num_full - group_first);
-    return {0, number * tokens, min(tokens, rest), group_first << 8 | group_size};
+    const TileSizes& sizes = args_.tokens.sizes;
+    if (number < sizes.num_large) {
+      const int group_first = number / kMaxGroup * kMaxGroup;
+      const int group_size = min(kMaxGroup, sizes.num_large - group_first);
+      return {0, number * sizes.large, sizes.large, group_first << 8 | group_size};
+    }
+    // Small tiles are a group of their own, which comes last: they fill what the others leave.
+    const int first = sizes.num_large * sizes.large + (number - sizes.num_large) * sizes.small;
+    return {0, first, min(sizes.small, args_.tokens.num_rows - first),
+            sizes.num_large << 8 | sizes.num_small};
   }
 
   const SsmmArgs& args_;

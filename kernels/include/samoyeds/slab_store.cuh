@@ -279,7 +279,7 @@ template <class Shape, class Buffers>
 __device__ void bring_numbers(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                               const Buffers& buffers, int group) {
   const int lane = threadIdx.x % kWarpThreads;
-  scheduler.for_each([&](const SlabWork& work, auto&& look_ahead) {
+  scheduler.template for_each<false>(buffers, [&](const SlabWork& work, auto&& look_ahead) {
     for (int i = lane; i < work.count(); i += kWarpThreads) {
       const int place = work.first + i;
       const int row = args.tokens.pairs ? __ldg(args.tokens.pairs + place) : place;

@@ -32,6 +32,17 @@ __device__ __forceinline__ void arrive_at(std::uint32_t barrier, int rank) {
       : "memory");
 }
 
+// A word to the same place in a thread block of the cluster, whose own barrier is told of 4 bytes.
+__device__ __forceinline__ void send_word(std::uint32_t to, std::uint32_t word,
+                                          std::uint32_t barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 there, told; mapa.shared::cluster.u32 there, %0, %3; "
+      "mapa.shared::cluster.u32 told, %2, %3; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %1, [told]; }" ::"r"(to),
+      "r"(word), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
 // Shared to global memory, 16-byte aligned, a multiple of 16 bytes; after make_visible_to_copies().
 __device__ __forceinline__ void store_bulk(void* to, std::uint32_t from, int num_bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
