@@ -271,20 +271,28 @@ def test_linear(m: int, k: int, is_gate_up: bool, text: str, dtype: torch.dtype,
         check_linear(weight, x, hopper_plan(weight))
 
 
+# [m, k] and rows: so many that results go out through a tensor map.
+MANY_ROUNDS = {
+    (640, 256): (17003, 33 * 1024),  # 5 slabs: the last part has one; a box is cut off, or none
+    (768, 256): (17003, 33 * 1024),  # 6 slabs: half parts of two tiles are one item
+    (7168, 128): (5000,),  # 1:2:V on 66 clusters: 23 tiles of 192 rows, four of 128, and 72
+    (14336, 128): (1001, 1024, 2003),  # one of 192 and six of 144, or two and five of 128
+}
+
+
 @both_dtypes
 @each_pattern
 @pytest.mark.parametrize("is_gate_up", [False, True], ids=["plain", "gate_up"])
-def test_linear_of_many_rounds(is_gate_up: bool, text: str, dtype: torch.dtype, seed: int) -> None:
-    """So many that results go out through a tensor map.
-
-    5 slabs: the last part has one; 6: half parts of two tiles are one item.
-    """
+@pytest.mark.parametrize(("m", "k"), MANY_ROUNDS)
+def test_linear_of_many_rounds(
+    m: int, k: int, is_gate_up: bool, text: str, dtype: torch.dtype, seed: int
+) -> None:
+    """Clusters claim items; without routing, tiles are of two sizes, which depend on the GPU."""
     rng = generator(seed)
-    for m in (640, 768):
-        weight = random_weight((1, m, 256), text, dtype, rng, is_gate_up)
-        for rows in (17003, 33 * 1024):  # the last box is cut off; all are whole
-            x = torch.randn(rows, 256, generator=rng, device=DEVICE).to(dtype)
-            check_linear(weight, x, hopper_plan(weight))
+    weight = random_weight((1, m, k), text, dtype, rng, is_gate_up)
+    for rows in MANY_ROUNDS[m, k]:
+        x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
+        check_linear(weight, x, hopper_plan(weight))
 
 
 def test_linear_of_no_rows() -> None:

@@ -12,10 +12,10 @@ Timing (scripts/bench/timing.py): a CUDA graph holds R runs of the layer, each w
 and routing of its own, and its time is divided by R. R is the same for every path of a case: as
 many as it takes for the sparse weights of the experts hit to be 240 MB, four times the L2. The L2
 is flushed before each replay. The paths of a case run in turn, a replay of one after one of the
-other, so that all of them meet the same card, whatever it has done before; from 256 tokens on first
-with a rest before each replay, and then without (`rest_ms`), where many tokens come to the card's
-power limit. Speeds compare times after the same rest. Random data, uniform routing, bf16; medians
-with p20 and p80.
+other, so that all of them meet the same card, whatever it has done before; from 1024 tokens on
+first with a rest before each replay, and then without (`rest_ms`), where many tokens come to the
+card's power limit. Speeds compare times after the same rest. Random data, uniform routing, bf16;
+medians with p20 and p80.
 
 The floor of a path is the time to read the weights of the experts hit once, at 4.3 TB/s (the copy
 rate measured in the same run stands in each row); TFLOP/s count the dense products. `peak_mb` is
@@ -63,7 +63,7 @@ RESULTS = Path(__file__).parent / "results" / "experts_h200.csv"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 PATTERNS = ("1:2:32", "1:2:64", "1:2:128", "2:4", "3:4:64")
 KEY = ("model", "tokens", "pattern", "path", "rest_ms")
-FIRST_RESTED = 256  # tokens; with fewer the power limit is far
+FIRST_RESTED = 1024  # tokens; with fewer the power limit is far
 
 MAX_RELATIVE_ERROR = 0.02  # both sides round to bf16 after each product
 CHECK_TOKENS = 16

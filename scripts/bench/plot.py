@@ -61,7 +61,7 @@ def plot_experts(rows: Rows) -> plt.Figure:
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(
         "One layer of experts, bf16: higher is better, - is the target at "
-        f"{TARGET_PATTERN}; after a rest from 256 tokens on\n{caption(rows)}",
+        f"{TARGET_PATTERN}; after a rest from 1024 tokens on\n{caption(rows)}",
         fontsize=10,
     )
     return figure
