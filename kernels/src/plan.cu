@@ -1,15 +1,14 @@
 // Which instance of the matrix kernel runs, and into what parts the product is cut, by the rules of
 // rules.hpp.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdio>
-#include <optional>
 
 #include "samoyeds/hopper.cuh"
 #include "samoyeds/launch.hpp"
 #include "samoyeds/rules.hpp"
 #include "samoyeds/ssmm.cuh"
+#include "samoyeds/tile_sizes.hpp"
 
 namespace samoyeds {
 namespace {
@@ -55,94 +54,6 @@ bool leaves_half_a_part(const SsmmVariant& variant, const Layout& layout) {
   if (!variant.is_hopper) return false;
   const int slabs = layout.tiles / slab_tiles(layout), whole = part_slabs(variant);
   return slabs > whole && slabs % whole == whole / 2;
-}
-
-// When clusters are done, each of which takes the next item when it is free.
-class Clusters {
- public:
-  explicit Clusters(std::int64_t count) : levels_{{{0, count}}} {}
-
-  // So many items of the same time.
-  void take(std::int64_t items, std::int64_t time) {
-    while (items > 0) {
-      Level& first = *std::min_element(
-          begin(), end(), [](const Level& a, const Level& b) { return a.free_at < b.free_at; });
-      if (items < first.count) {  // once for each time: the others remain
-        levels_[num_levels_++] = {first.free_at, first.count - items};
-        first.count = items;
-      }
-      // Where all are free at once, whole rounds at once.
-      const std::int64_t rounds = num_levels_ == 1 ? items / first.count : 1;
-      first.free_at += rounds * time;
-      items -= rounds * first.count;
-    }
-  }
-  std::int64_t last() const {
-    std::int64_t last = 0;
-    for (int i = 0; i < num_levels_; ++i) last = std::max(last, levels_[i].free_at);
-    return last;
-  }
-
- private:
-  struct Level {
-    std::int64_t free_at, count;
-  };
-  Level* begin() { return levels_.data(); }
-  Level* end() { return begin() + num_levels_; }
-
-  std::array<Level, 4> levels_;  // one, and one more for each of up to three times
-  int num_levels_ = 1;
-};
-
-// Of the Hopper kernel, in clocks, run 50 of its log: a step of 128 columns takes 353 more than the
-// 4 of each token at the peak (8 where N = M), and an item some 3000 beside its steps.
-std::int64_t item_clocks(int tokens, const Layout& layout) {
-  const int multiplied = ceil_div(tokens, kHopperStep) * kHopperStep;
-  return static_cast<std::int64_t>(layout.blocks) * (353 + slab_tiles(layout) * multiplied) + 3000;
-}
-
-// When the items of these tiles end, or nothing where that cannot be before `bound`.
-std::optional<std::int64_t> end_of_items(const TileSizes& sizes, int num_rows, int parts,
-                                         const Layout& layout, int num_clusters,
-                                         std::int64_t bound) {
-  struct Same {
-    std::int64_t tiles, clocks;
-  };
-  const int num_full = std::max(0, sizes.num_small - 1);
-  const int rest = num_rows - sizes.num_large * sizes.large - num_full * sizes.small;
-  const Same all[] = {{sizes.num_large, item_clocks(sizes.large, layout)},
-                      {num_full, item_clocks(sizes.small, layout)},
-                      {rest > 0 ? 1 : 0, item_clocks(rest, layout)}};
-  std::int64_t sum = 0;
-  for (const Same& each : all) sum += each.tiles * parts * each.clocks;
-  if (sum / num_clusters >= bound) return {};
-  Clusters clusters(num_clusters);
-  for (const Same& each : all) clusters.take(each.tiles * parts, each.clocks);
-  return clusters.last();
-}
-
-// Of the Hopper kernel without routing: sizes with which the items end soonest. As few small tiles
-// as there can be, or one more.
-TileSizes best_sizes(const SsmmVariant& variant, int num_rows, int parts, const Layout& layout,
-                     int num_clusters) {
-  TileSizes best{};
-  std::int64_t best_end = INT64_MAX;
-  const auto consider = [&](const TileSizes& sizes) {
-    const auto end = end_of_items(sizes, num_rows, parts, layout, num_clusters, best_end);
-    if (end && *end < best_end) best_end = *end, best = sizes;
-  };
-  for (int large = variant.tokens; large >= variant.tokens / 2; large -= kHopperStep) {
-    for (int without = 0; without <= std::min(kMaxGroup, num_rows / large); ++without) {
-      const int num_large = num_rows / large - without, left = num_rows - num_large * large;
-      const int least = ceil_div(left, large);
-      if (left == 0) consider({large, num_large, large, 0});
-      for (int count = least; count <= std::min(least + 1, kMaxGroup) && left > 0; ++count) {
-        const int small = ceil_div(ceil_div(left, count), kHopperStep) * kHopperStep;
-        consider({large, num_large, small, ceil_div(left, small)});
-      }
-    }
-  }
-  return best;
 }
 
 int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPlan plan,
@@ -319,9 +230,9 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
   const int cluster = variant.cluster;
   if (variant.is_hopper && !args.tokens.tiles) {
-    const int num_clusters = stream.device.num_sms / cluster;
-    const TileSizes& sizes = args.tokens.sizes =
-        best_sizes(variant, args.tokens.num_rows, parts, args.layout, num_clusters);
+    const TileSizes& sizes = args.tokens.sizes =  // a clock for each tile of a slab, see there
+        best_sizes({args.tokens.num_rows, variant.tokens, kHopperStep, parts, args.layout.blocks,
+                    slab_tiles(args.layout), stream.device.num_sms / cluster});
     max_tiles = sizes.num_large + sizes.num_small;
   }
   if (max_tiles > kMaxTiles) {
