@@ -32,8 +32,8 @@ hidden states x 30                          0.327  13.65
 From the last but one, hidden states x 100 end at 0.344, a rate of 2e-3 at 0.369, and 0.3 instead of
 0.1 of the rate for what has no mask at 0.359; from the last, a rate of 7e-4 at 0.337, and 640 x 1
 at 0.323. By cautious Adam, 1:2:32 after block recovery, 300 x 2: 1e-3 0.292, 1.5e-3 0.301, 2.5e-4
-0.315; a second beta of 0.99 0.292. With a tenth or three tenths of the loss of the true next token in
-place of the KL, 100 steps end at perplexities of 13.58 and 13.71 where the KL alone ends at 13.54.
+0.315; a second beta of 0.99 0.292. With a tenth or three tenths of the loss of the true next token
+in place of the KL, 100 steps end at perplexities of 13.58 and 13.71, by the KL alone at 13.54.
 """
 
 from __future__ import annotations
