@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
   args.x = x.data();
   args.tokens = {p.num_tiles ? tiles.data() : nullptr, &p.num_tiles,
                  p.num_tiles ? pairs.data() : nullptr, p.num_rows,
-                 make_divisor(p.pairs_per_row),        0};
+                 make_divisor(p.pairs_per_row),        {}};
   args.output = static_cast<Output>(p.output);
   args.split_stride = static_cast<std::int64_t>(p.num_pairs) * p.rows;
   args.stages = p.stages;
