@@ -25,7 +25,7 @@ using namespace samoyeds;
 int main() {
   TileProblem p;
   while (std::scanf("%d %d %d %d %d %d %d", &p.num_rows, &p.most_tokens, &p.step, &p.parts,
-                    &p.blocks, &p.token_clocks, &p.num_clusters) == 7) {
+                    &p.blocks, &p.slab_tiles, &p.num_clusters) == 7) {
     const TileSizes s = best_sizes(p);
     std::printf("%d %d %d %d %lld\n", s.large, s.num_large, s.small, s.num_small,
                 static_cast<long long>(*end_of_items(p, s, INT64_MAX)));
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     rows: int
     parts: int  # of four slabs, 512 dense rows
     blocks: int  # of k
-    token_clocks: int = 4
+    slab_tiles: int = 4
     clusters: int = 66  # of an H200
 
     def tiles(self, large: int, num_large: int, small: int, num_small: int) -> list[int]:
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
         for tokens in tiles:
             multiplied = -(-tokens // STEP) * STEP
             for _ in range(self.parts):
-                clocks = self.blocks * (353 + self.token_clocks * multiplied) + 3000
+                clocks = self.blocks * (353 + self.slab_tiles * multiplied) + 3000
                 heapq.heapreplace(free_at, free_at[0] + clocks)
         return max(free_at)
 

@@ -230,7 +230,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
   const int cluster = variant.cluster;
   if (variant.is_hopper && !args.tokens.tiles) {
-    const TileSizes& sizes = args.tokens.sizes =  // a clock for each tile of a slab, see there
+    const TileSizes& sizes = args.tokens.sizes =
         best_sizes({args.tokens.num_rows, variant.tokens, kHopperStep, parts, args.layout.blocks,
                     slab_tiles(args.layout), stream.device.num_sms / cluster});
     max_tiles = sizes.num_large + sizes.num_small;
@@ -245,7 +245,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
   args.whole_parts = make_divisor(parts - (leaves_half_a_part(variant, args.layout) ? 1 : 0));
-  // Beyond its last item a thread block still counts one round further, there and back.
+  // Beyond the last item each thread block, or cluster, still asks for one.
   const std::int64_t most = INT32_MAX - 2 * slots;
   if (items > most) {
     return unsupported("a product must have at most " + std::to_string(most) + " parts, found " +

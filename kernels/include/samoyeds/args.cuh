@@ -66,7 +66,7 @@ struct Tokens {
   const int* pairs;
   int num_rows;           // of x, without routing
   Divisor pairs_per_row;  // rows of x are tokens: K; or pairs: 1
-  TileSizes sizes;
+  TileSizes sizes;        // without routing
 };
 
 enum class Output {

@@ -79,15 +79,15 @@ struct HopperBuffers {
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
   static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
-  static constexpr int kNumbers = 8;           // of items, see number_of_next()
-  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses + kNumbers;
+  static constexpr int kRounds = 8;            // that may be known, see next_item()
+  static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses + kRounds;
   static constexpr int kItemBytes = 8;      // SlabWork but for its expert
   static constexpr int kResultsBytes = 16;  // whose results a warpgroup's are: item, last slot
   static constexpr int kAlignment = 1024;   // of swizzled rows
   static constexpr int kBytes =
       kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
       Shape::kGroups * (kOwn * kPassBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
-      kBarriers * 8 + kNumbers * 4;
+      kBarriers * 8 + kRounds * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
@@ -119,7 +119,7 @@ struct HopperBuffers {
     return full_weights(2 * kSlots * kParts) + (group * kMaxPasses + pass) * 8;
   }
   __device__ std::uint32_t item(int slot) const {
-    return staged(Shape::kGroups, 0) + kNumbers * 8 + slot * kItemBytes;
+    return staged(Shape::kGroups, 0) + kRounds * 8 + slot * kItemBytes;
   }
   __device__ std::uint32_t results_of(int group) const {
     return item(kSlots) + group * kResultsBytes;
@@ -140,23 +140,23 @@ struct HopperBuffers {
         ptx::init_barrier(staged(group, pass), kGroupWarps);
       }
     }
-    for (int round = 0; round < kNumbers; ++round) ptx::init_barrier(told(round), 1);
+    for (int round = 0; round < kRounds; ++round) ptx::init_barrier(told(round), 1);
   }
 
-  // Which item comes after that of a round. One warp of the cluster tells both thread blocks, in
-  // each of which one thread expects it. There are more places for it than rounds that the first
-  // of the warps that load, or bring numbers, can be ahead of the last: items of one block of k
-  // each are as many as there are slots, and one more.
-  __device__ void expect_number(int round) const { ptx::arrive_expecting(told(round), 4); }
-  __device__ void tell_number(int round, int number) const {
+  // Which item comes after that of a round. One thread of the cluster tells both thread blocks, in
+  // each of which one thread expects it. Of the warps that load, or bring rows' numbers, the first
+  // can be as many rounds ahead of the last as there are slots, and one more, where items are one
+  // block of k each.
+  __device__ void expect_next(int round) const { ptx::arrive_expecting(told(round), 4); }
+  __device__ void tell_next(int round, int item) const {
     for (int rank = 0; rank < Shape::kCluster; ++rank) {
-      ptx::send_word(number_at(round), static_cast<std::uint32_t>(number), told(round), rank);
+      ptx::send_word(next_at(round), static_cast<std::uint32_t>(item), told(round), rank);
     }
   }
-  __device__ int number_of_next(int round) const {
-    static_assert(kNumbers > kSlots + 1, "none is overwritten before all have read it");
-    ptx::wait(told(round), round / kNumbers % 2);
-    return uniform(static_cast<int>(ptx::load_shared_word(number_at(round))));
+  __device__ int next_item(int round) const {
+    static_assert(kRounds > kSlots + 1, "none is overwritten before all have read it");
+    ptx::wait(told(round), round / kRounds % 2);
+    return uniform(static_cast<int>(ptx::load_shared_word(next_at(round))));
   }
 
   // Weights come first, then the tokens, half by half. What is no part of its own is there, and is
@@ -245,10 +245,10 @@ struct HopperBuffers {
   }
 
   __device__ std::uint32_t told(int round) const {
-    return staged(Shape::kGroups, 0) + round % kNumbers * 8;
+    return staged(Shape::kGroups, 0) + round % kRounds * 8;
   }
-  __device__ std::uint32_t number_at(int round) const {
-    return results_of(Shape::kGroups) + round % kNumbers * 4;
+  __device__ std::uint32_t next_at(int round) const {
+    return results_of(Shape::kGroups) + round % kRounds * 4;
   }
 
   __device__ static void put(std::uint32_t to, const SlabWork& work) {
@@ -296,7 +296,8 @@ class SlabScheduler {
 
   // Calls visit(SlabWork, look_ahead) for each item of this cluster; look_ahead() is to be called
   // once meanwhile, where there is time to look up the next one. kTells: by one warp of each thread
-  // block, when the kernel before has ended; the first one's claims the next item.
+  // block, when the kernel before, which sets num_claimed to 0, has ended; that of the first block
+  // claims the next item early, as the count takes its time to answer.
   template <bool kTells, class Buffers, typename Visit>
   __device__ __forceinline__ void for_each(const Buffers& buffers, Visit&& visit) const {
     const int clusters = gridDim.x / Shape::kCluster;
@@ -304,11 +305,11 @@ class SlabScheduler {
     const bool claims = tells && blockIdx.x % Shape::kCluster == 0;
     SlabWork work = at(blockIdx.x / Shape::kCluster), next;
     for (int round = 0; work.count() > 0; ++round, work = next) {
-      if (tells) buffers.expect_number(round);
+      if (tells) buffers.expect_next(round);
       const int claimed = claims ? clusters + atomicAdd(args_.num_claimed, 1) : 0;
       visit(work, [&] {
-        if (claims) buffers.tell_number(round, claimed);
-        next = at(buffers.number_of_next(round));
+        if (claims) buffers.tell_next(round, claimed);
+        next = at(buffers.next_item(round));
       });
     }
   }

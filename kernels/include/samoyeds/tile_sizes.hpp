@@ -17,16 +17,15 @@ struct TileProblem {
   int most_tokens, step;  // of a tile; full ones are multiples of step
   int parts;              // items of a tile
   int blocks;             // of k, 128 columns each
-  int token_clocks;       // of a token in a block at the peak: 4, or 8 where N = M
+  int slab_tiles;         // of 16 kept rows: 4, or 8 where N = M
   int num_clusters;
 };
 
-// Measured at (1, 2, 128), run 50 of the kernel's log: a block takes 353 clocks more than those of
-// its tokens, and an item some 3000 beside its blocks.
+// At the peak a block takes a clock for each token and tile of a slab. Measured at (1, 2, 128), run
+// 50 of the kernel's log, it takes 353 more, and an item some 3000 beside its blocks.
 inline std::int64_t item_clocks(const TileProblem& problem, int tokens) {
   const int multiplied = ceil_div(tokens, problem.step) * problem.step;
-  return static_cast<std::int64_t>(problem.blocks) * (353 + problem.token_clocks * multiplied) +
-         3000;
+  return static_cast<std::int64_t>(problem.blocks) * (353 + problem.slab_tiles * multiplied) + 3000;
 }
 
 // When clusters are done, each of which takes the next item when it is free.
