@@ -8,19 +8,27 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import contents
+from tiny_models import BY_NAME, PATTERN, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig, resources
 from samoyeds_hf.convert import convert_checkpoint
 from samoyeds_hf.corpus import perplexity, python_files, read_texts, token_stream
+from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.pruning import METHODS, SecondMoments, prune_experts
+from samoyeds_hf.pruning.distill import distill
+from samoyeds_hf.pruning.distill_settings import DistillSettings
+from samoyeds_hf.pruning.masks import kept_masks
+from samoyeds_hf.pruning.masters import Masters
+from samoyeds_hf.pruning.recorded import RecordedPasses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +107,44 @@ def test_perplexity_through_the_kernels_is_the_masked_dense_models() -> None:
     exact = heldout(reference.float())
     noise = abs(math.log(dense / exact))
     assert abs(math.log(sparse / exact)) <= 2 * noise + 0.002
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("train", ["all", "experts"])
+def test_recorded_passes_are_those_that_run_one_by_one(name: str, train: str) -> None:
+    teacher = BY_NAME[name].make(torch.bfloat16).cuda()
+    student = copy.deepcopy(teacher)
+    samoyeds_hf.patch_model(student, pattern=PATTERN)
+    masks = kept_masks(student)
+    samoyeds_hf.unpatch_model(student)
+    text = tokens(batch=10, length=12)
+    # 12 steps: some before the recording, then each batch twice
+    settings = DistillSettings(
+        steps=12, batch_size=2, learning_rate=1e-3, held_back=0.0, train=train
+    )
+    rows: dict[bool, list[Mapping[str, float]]] = {False: [], True: []}
+    for cuda_graph, found in rows.items():
+        trained = copy.deepcopy(student)
+        distill(trained, teacher, text, masks, settings, log=found.append, cuda_graph=cuda_graph)
+        for weight_name, mask in masks.items():
+            weight = trained.get_parameter(weight_name)
+            assert not weight[~mask].any()
+            assert not torch.equal(weight, student.get_parameter(weight_name))
+    for column in ("loss", "hidden_error", "gradient_norm"):
+        plain, recorded = ([row[column] for row in rows[key]] for key in (False, True))
+        assert recorded == pytest.approx(plain, rel=0.03)  # sums in other orders, in bf16
+        assert len(set(recorded)) == 12
+
+
+def test_passes_that_wait_for_the_gpu_are_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    passes = RecordedPasses(lambda ids: ids.sum() * weight.sum().item(), Masters({"w": weight}, {}))
+    text = tokens().cuda()
+    for _ in range(3):
+        assert passes(text) == 4 * text.sum()
+    with pytest.raises(CalibrationError, match="passes that do not wait for the GPU"):
+        passes(text)
+    assert weight.sum() == 4  # the GPU goes on
 
 
 def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ import torch
 from tqdm import tqdm
 
 import samoyeds_hf
-from samoyeds_hf.errors import CalibrationError
+from samoyeds_hf.errors import CalibrationError, ConfigError
 from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings, is_better
 from samoyeds_hf.pruning.losses import divergence, hidden_error
 from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
 from samoyeds_hf.pruning.rate import CHECKS, Rate
+from samoyeds_hf.pruning.recorded import Passes, RecordedPasses
 from samoyeds_hf.pruning.training import Log, check_tokens, digest, load_state, pick, save_state
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def distill(
     log: Log | None = None,
     save_minutes: float = 5.0,
     progress: bool = False,
+    cuda_graph: bool = False,
 ) -> DistillReport:
     """Train a pruned model in place towards its dense original.
 
@@ -71,10 +73,14 @@ def distill(
             gradient_norm, seconds.
         save_minutes: between two states.
         progress: show a progress bar on stderr.
+        cuda_graph: record the passes of a step and launch them together, see
+            :mod:`samoyeds_hf.pruning.recorded`; both models on one GPU. For small models, which
+            would leave the GPU idle.
 
     Raises:
-        CalibrationError: tokens, masks or models that do not go together, or a loss that is not
-            finite.
+        CalibrationError: tokens, masks or models that do not go together, a loss that is not
+            finite, or passes that cannot be recorded.
+        ConfigError: cuda_graph with steps of several micro-batches.
         CheckpointError: a state of another run, or one that cannot be read or written.
     """
     settings = settings or DistillSettings()
@@ -83,7 +89,7 @@ def distill(
     try:
         for model, _ in modes:
             model.eval()
-        run = _Run(student, teacher, tokens, masks, settings)
+        run = _Run(student, teacher, tokens, masks, settings, cuda_graph)
         run.train(state, log, save_minutes, progress)
     finally:
         for model, mode in modes:
@@ -113,6 +119,7 @@ class _Run:
         tokens: torch.Tensor,
         masks: Mapping[str, torch.Tensor],
         settings: DistillSettings,
+        cuda_graph: bool = False,
     ) -> None:
         self.student, self.teacher, self.tokens = student, teacher, tokens
         self.settings = settings
@@ -135,6 +142,9 @@ class _Run:
                 "Distillation needs weights to train, found no mask; pass masks."
             )
         self.masters = Masters(weights, masks)
+        self.passes: Passes = self._passes
+        if cuda_graph:
+            self.passes = self._recorded()
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []
         self.rate = Rate(settings)
@@ -212,8 +222,8 @@ class _Run:
         count = len(self.tokens) - self.held
         rows = pick(number, settings.batch_size, count, settings.seed)
         parts = rows.split(settings.micro_batch_size or settings.batch_size)
-        losses = [self._backward(self.tokens[part]) for part in parts]
-        loss, hidden = (sum(column) for column in zip(*losses, strict=True))
+        losses = [self.passes(self.tokens[part]) for part in parts]
+        loss, hidden = torch.stack(losses).sum(dim=0).tolist()
         norm = self.masters.step(self.optimizer, rate, _MAX_NORM)
         if not math.isfinite(loss + hidden + norm):
             raise CalibrationError(
@@ -231,8 +241,20 @@ class _Run:
             "seconds": self.seconds,
         }
 
-    def _backward(self, tokens: torch.Tensor) -> tuple[float, float]:
-        """Add the gradients of some sequences ``[B, S]``; their part of the step's losses."""
+    def _recorded(self) -> RecordedPasses:
+        settings = self.settings
+        if settings.micro_batch_size not in (None, settings.batch_size):
+            raise ConfigError(
+                "cuda_graph needs all of a step's sequences at a time, found micro_batch_size "
+                f"{settings.micro_batch_size} of {settings.batch_size}; leave one of both out."
+            )
+        return RecordedPasses(self._passes, self.masters)
+
+    def _passes(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of some sequences ``[B, S]``; their part of the step's losses ``[2]``.
+
+        NOTE: nothing here may wait for the GPU, see :class:`RecordedPasses`.
+        """
         positions = self.settings.batch_size * tokens.shape[1]
         weight = self.settings.hidden_weight
         with torch.no_grad():
@@ -245,7 +267,7 @@ class _Run:
         if weight:  # the first is the embedding
             hidden = hidden_error(pruned.hidden_states[1:], dense.hidden_states[1:]) / positions
         (loss + weight * hidden).backward()
-        return float(loss.detach()), float(hidden.detach())
+        return torch.stack([loss.detach(), hidden.detach()])
 
     def _outputs(self, model: PreTrainedModel, tokens: torch.Tensor) -> Any:
         has_states = self.settings.hidden_weight > 0

@@ -193,7 +193,8 @@ class Laboratory:
             train=settings.distill_train,
             seed=settings.seed,
         )
-        report = distill(student, self.dense, tokens, sparse.masks, recipe)
+        is_cuda = self.dense.device.type == "cuda"
+        report = distill(student, self.dense, tokens, sparse.masks, recipe, cuda_graph=is_cuda)
         return student, {
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),

@@ -1,0 +1,84 @@
+"""A training step's forward and backward passes as one CUDA graph.
+
+A small model's kernels are shorter than their launches, and a GPU waits for those. Recorded once,
+all of a step are launched together (CUDA C++ Programming Guide, "CUDA Graphs").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from samoyeds_hf.errors import CalibrationError
+from samoyeds_hf.pruning.masters import Masters
+
+# Sequences [B, S] on any device -> losses, on the models' device; the masters have gradients then.
+Passes: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+_EAGER = 3  # calls before the one that is recorded: what is made only once is there then
+
+
+class RecordedPasses:
+    """Passes that are launched together from the fourth call on.
+
+    Every call has to have as many sequences as the first, and to find the masters without
+    gradients: a graph writes where it was recorded, and adds to nothing.
+
+    Args:
+        passes: what is recorded; it must not wait for the GPU.
+        masters: in whose gradients it ends, on one GPU.
+
+    Raises:
+        CalibrationError: masters that are not on one GPU; at the fourth call, passes that cannot be
+            recorded, as those that wait for the GPU.
+    """
+
+    def __init__(self, passes: Passes, masters: Masters) -> None:
+        self._passes, self._masters = passes, masters
+        devices = {master.device for master in masters.values.values()}
+        if len(devices) != 1 or (device := devices.pop()).type != "cuda":
+            raise CalibrationError(
+                "A CUDA graph needs all that is trained on one GPU, found it on "
+                f"{', '.join(sorted(map(str, devices))) or device}; leave cuda_graph out."
+            )
+        self._device = device
+        # One stream for all calls: what autograd keeps from one to the next belongs to it.
+        self._stream = torch.cuda.Stream(device)
+        self._calls = 0
+        self._graph = torch.cuda.CUDAGraph()
+        self._tokens = self._losses = torch.empty(0)
+        self._grads: dict[str, torch.Tensor | None] = {}
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The passes on sequences ``[B, S]`` int64; what they return, until the next call."""
+        self._calls += 1
+        if self._calls <= _EAGER:
+            return self._eager(tokens)
+        if self._calls == _EAGER + 1:
+            self._record(tokens)
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        for name, grad in self._grads.items():
+            self._masters.values[name].grad = grad
+        return self._losses
+
+    def _eager(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            losses = self._passes(tokens)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return losses
+
+    def _record(self, tokens: torch.Tensor) -> None:
+        self._tokens = tokens.to(self._device, copy=True)
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._losses = self._passes(self._tokens)
+        except RuntimeError as error:
+            raise CalibrationError(
+                "A CUDA graph needs passes that do not wait for the GPU, found that they cannot be "
+                f"recorded ({error}); leave cuda_graph out."
+            ) from error
+        self._grads = {name: master.grad for name, master in self._masters.values.items()}
