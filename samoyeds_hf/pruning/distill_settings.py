@@ -80,7 +80,7 @@ class DistillSettings:
     warmup: float = 0.1
     temperature: float = 1.0
     hidden_weight: float = 30.0
-    held_back: float = 0.0625
+    held_back: float = 0.02
     backtrack: bool = True
     train: str = "all"
     micro_batch_size: int | None = None
