@@ -118,6 +118,27 @@ def test_encode_is_token_stream(lab: ModuleType) -> None:
     assert lab.corpus.encode(tokenizer, texts).equal(token_stream(tokenizer, texts))
 
 
+def test_the_first_to_make_a_folder_stays(lab: type, tmp_path: Path) -> None:
+    """Two at once; one that fails leaves nothing."""
+    folder = tmp_path / "work" / "corpus"
+    with lab.folder.made_once(folder) as late:
+        with lab.folder.made_once(folder) as early:
+            (early / "name").write_text("early")
+        (late / "name").write_text("late")
+    assert (folder / "name").read_text() == "early"
+    with pytest.raises(KeyboardInterrupt), lab.folder.made_once(tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["work", "corpus", "name"]
+
+
+def test_a_folder_that_cannot_be_made(lab: type, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.write_text("a file")
+    with pytest.raises(NotADirectoryError), lab.folder.made_once(folder):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
 def test_windows(lab: ModuleType) -> None:
     streams = {"train": torch.arange(1003), "heldout": torch.arange(100)}
     corpus = lab.corpus.Corpus(None, streams, "")

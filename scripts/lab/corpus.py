@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lab.folder import made_once
 from train_tiny_moe import train_tokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -133,12 +134,10 @@ def load_corpus(data: Path, work: Path, *, vocab: int, max_bytes: int) -> Corpus
     if not folder.exists():
         texts = read_documents(data, max_bytes)
         tokenizer = train_tokenizer([text[:_SAMPLE] for text in texts["train"]], vocab)
-        partial = folder.with_suffix(".partial")  # a run that is stopped here leaves no half
-        partial.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(partial)
         streams = {split: encode(tokenizer, texts[split]).to(torch.int32) for split in SPLITS}
-        torch.save(streams, partial / "tokens.pt")
-        partial.rename(folder)
+        with made_once(folder) as partial:
+            tokenizer.save_pretrained(partial)
+            torch.save(streams, partial / "tokens.pt")
     stored = torch.load(folder / "tokens.pt", weights_only=True)
     streams = {split: stream.to(torch.int64) for split, stream in stored.items()}
     return Corpus(Tokenizer.from_pretrained(folder), streams, fingerprint)

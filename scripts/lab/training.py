@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lab.corpus import Corpus
+from lab.folder import made_once
 from lab.measure import perplexity
 from lab.shape import Shape
 from torch import nn
@@ -98,11 +99,10 @@ def _train_into(
     record = run.train()
     record["parameters"] = model.num_parameters()
     record["sha256"] = _digest(model)
-    partial = folder.with_suffix(".partial")  # a run that is stopped here leaves no half
-    model.save_pretrained(partial)
-    corpus.tokenizer.save_pretrained(partial)
-    (partial / _RECORD).write_text(json.dumps(record, indent=1))
-    partial.rename(folder)
+    with made_once(folder) as partial:
+        model.save_pretrained(partial)
+        corpus.tokenizer.save_pretrained(partial)
+        (partial / _RECORD).write_text(json.dumps(record, indent=1))
 
 
 class _Run:
