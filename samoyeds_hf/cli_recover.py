@@ -70,6 +70,14 @@ def recover(
     device: Annotated[
         str | None, typer.Option(help="cuda, cpu, ...  [default: the GPU, where there is one]")
     ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph",
+            help="Record the passes of a step and launch them at once; both models on one GPU. For "
+            "small models, which would leave it idle.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, if any.")
     ] = False,
@@ -111,6 +119,7 @@ def recover(
             resume=resume,
             overwrite=overwrite,
             device=device,
+            cuda_graph=cuda_graph,
         )
     except KeyboardInterrupt:
         print("stopped; the same command with --resume continues.", file=sys.stderr)

@@ -21,6 +21,7 @@ from samoyeds_hf.format import SparseWeight, decode, validate
 from samoyeds_hf.pruning.distill import distill
 from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings
 from samoyeds_hf.pruning.masks import kept_mask
+from samoyeds_hf.pruning.recorded import check_recordable
 from samoyeds_hf.pruning.training import CsvLog
 from samoyeds_hf.recovery_files import (
     LOG_FILE,
@@ -51,6 +52,7 @@ def recover_checkpoint(
     device: str | torch.device | None = None,
     save_minutes: float = 5.0,
     progress: bool = True,
+    cuda_graph: bool = False,
 ) -> DistillReport:
     """Distill a sparse checkpoint from its dense original, to a sparse checkpoint like it.
 
@@ -68,11 +70,14 @@ def recover_checkpoint(
         device: where to compute; None is the GPU, where there is one.
         save_minutes: between two states of the training on disk.
         progress: show a progress bar on stderr.
+        cuda_graph: as :func:`samoyeds_hf.pruning.distill.distill`.
 
     Raises:
         SamoyedsError: a subclass; nothing that existed before is lost.
     """
     destination, device = Path(destination), pick_device(device)
+    if cuda_graph:
+        check_recordable([device], settings or DistillSettings())
     check_destination(Path(sparse), destination, overwrite)
     work = RecoveryWork.prepare(sparse, dense, calibration, settings or DistillSettings())
     check_destination(work.dense, destination, overwrite)
@@ -91,6 +96,7 @@ def recover_checkpoint(
                 log=CsvLog(directory / LOG_FILE),
                 save_minutes=save_minutes,
                 progress=progress,
+                cuda_graph=cuda_graph,
             )
             rows = write_shards(directory, work, student, teacher, masks)
             write_companions(directory, work, rows, report)

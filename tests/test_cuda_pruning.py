@@ -138,7 +138,9 @@ def test_recorded_passes_are_those_that_run_one_by_one(name: str, train: str) ->
 
 def test_passes_that_wait_for_the_gpu_are_refused() -> None:
     weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
-    passes = RecordedPasses(lambda ids: ids.sum() * weight.sum().item(), Masters({"w": weight}, {}))
+    passes = RecordedPasses(
+        lambda ids: ids.sum() * weight.sum().item(), Masters({"w": weight}, {}), weight.device
+    )
     text = tokens().cuda()
     for _ in range(3):
         assert passes(text) == 4 * text.sum()

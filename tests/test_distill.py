@@ -28,6 +28,7 @@ from samoyeds_hf.errors import CalibrationError, ConfigError
 from samoyeds_hf.pruning.distill import distill
 from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.masks import kept_masks
+from samoyeds_hf.pruning.recorded import check_recordable
 from samoyeds_hf.pruning.training import schedule
 
 
@@ -348,12 +349,17 @@ def test_masks_and_weights_that_cannot_be() -> None:
 
 def test_passes_that_cannot_be_recorded() -> None:
     student, teacher, masks = mixtral()
-    untrained, in_parts = copy.deepcopy(student), replace(FAST, micro_batch_size=2)
+    untrained = copy.deepcopy(student)
     with pytest.raises(CalibrationError, match=r"all that is trained on one GPU, found it on cpu"):
         distill(student, teacher, TEXT, masks, FAST, cuda_graph=True)
-    with pytest.raises(ConfigError, match="found micro_batch_size 2 of 4"):
-        distill(student, teacher, TEXT, masks, in_parts, cuda_graph=True)
     assert same_state(student, untrained)
+    gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    for parts in (None, 4):
+        check_recordable([gpu, gpu], replace(FAST, micro_batch_size=parts))
+    with pytest.raises(CalibrationError, match="found it on cuda:0, cuda:1"):
+        check_recordable([other, gpu], FAST)
+    with pytest.raises(ConfigError, match="found micro_batch_size 2 of 4"):
+        check_recordable([gpu], replace(FAST, micro_batch_size=2))
 
 
 def test_a_loss_that_is_not_finite() -> None:

@@ -391,6 +391,7 @@ def test_checkpoints_that_cannot_be_recovered(case: Case, tmp_path: Path) -> Non
     short = Calibration(str(case.text), samples=1000, sequence_length=12)
     refused(CalibrationError, "tokens", call=attempt(calibration=short), kept=case.folder)
     refused(CalibrationError, "device", call=attempt(device="abacus"), kept=case.folder)
+    refused(CalibrationError, "one GPU", "cpu", call=attempt(cuda_graph=True), kept=case.folder)
     bare = tmp_path / "bare"
     shutil.copytree(case.sparse, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     refused(CalibrationError, "tokenizer", call=attempt(sparse=bare), kept=case.folder)
@@ -436,6 +437,18 @@ def test_the_help_names_the_defaults() -> None:
         assert option.help.endswith(f"[default: {getattr(defaults, name)}]"), name
     assert defaults.backtrack
     assert hints["backtrack"].__metadata__[0].help.endswith("[default: backtrack]")
+
+
+def test_the_command_asks_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bool] = []
+
+    def take(*_: Any, cuda_graph: bool, **given: Any) -> None:
+        said.append(cuda_graph)
+
+    monkeypatch.setattr("samoyeds_hf.recovery.recover_checkpoint", take)
+    for given in ({}, {"cuda_graph": True}):
+        recover(Path("sparse"), Path("out"), against="dense", calibration="text", **given)
+    assert said == [False, True]
 
 
 def test_the_script(case: Case) -> None:

@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 import samoyeds_hf
-from samoyeds_hf.errors import CalibrationError, ConfigError
+from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning.distill_settings import DistillReport, DistillSettings, is_better
 from samoyeds_hf.pruning.losses import divergence, hidden_error
 from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
 from samoyeds_hf.pruning.rate import CHECKS, Rate
-from samoyeds_hf.pruning.recorded import Passes, RecordedPasses
+from samoyeds_hf.pruning.recorded import Passes, RecordedPasses, check_recordable
 from samoyeds_hf.pruning.training import Log, check_tokens, digest, load_state, pick, save_state
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ class _Run:
         self.masters = Masters(weights, masks)
         self.passes: Passes = self._passes
         if cuda_graph:
-            self.passes = self._recorded()
+            devices = [p.device for model in (student, teacher) for p in model.parameters()]
+            check_recordable(devices, settings)
+            self.passes = RecordedPasses(self._passes, self.masters, student.device)
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []
         self.rate = Rate(settings)
@@ -240,15 +242,6 @@ class _Run:
             "gradient_norm": norm,
             "seconds": self.seconds,
         }
-
-    def _recorded(self) -> RecordedPasses:
-        settings = self.settings
-        if settings.micro_batch_size not in (None, settings.batch_size):
-            raise ConfigError(
-                "cuda_graph needs all of a step's sequences at a time, found micro_batch_size "
-                f"{settings.micro_batch_size} of {settings.batch_size}; leave one of both out."
-            )
-        return RecordedPasses(self._passes, self.masters)
 
     def _passes(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of some sequences ``[B, S]``; their part of the step's losses ``[2]``.

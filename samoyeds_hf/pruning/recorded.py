@@ -1,23 +1,49 @@
 """A training step's forward and backward passes as one CUDA graph.
 
 A small model's kernels are shorter than their launches, and a GPU waits for those. Recorded once,
-all of a step are launched together (CUDA C++ Programming Guide, "CUDA Graphs").
+all of a step are launched together (CUDA C++ Programming Guide, "CUDA Graphs"). A step of sequences
+of 1024 tokens, one by one and recorded, in ms (H200, torch 2.11, transformers 5.17, 171fddc): one
+sequence and a Mixtral of 111 M parameters 80.0 and 19.5, a Qwen2-MoE of 105 M 127.9 and 27.1; two
+sequences and the latter 145.7 and 32.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from samoyeds_hf.errors import CalibrationError
+from samoyeds_hf.errors import CalibrationError, ConfigError
 from samoyeds_hf.pruning.masters import Masters
+
+if TYPE_CHECKING:
+    from samoyeds_hf.pruning.distill_settings import DistillSettings
 
 # Sequences [B, S] on any device -> losses, on the models' device; the masters have gradients then.
 Passes: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 _EAGER = 3  # calls before the one that is recorded: what is made only once is there then
+
+
+def check_recordable(devices: Iterable[torch.device], settings: DistillSettings) -> None:
+    """Refuse what no graph can hold: work on several devices, steps of several micro-batches.
+
+    Raises:
+        CalibrationError: the devices are not one GPU.
+        ConfigError: the micro-batches.
+    """
+    found = sorted(set(map(str, devices)))
+    if len(found) != 1 or torch.device(found[0]).type != "cuda":
+        raise CalibrationError(
+            "A CUDA graph needs all that is trained on one GPU, found it on "
+            f"{', '.join(found)}; leave cuda_graph out."
+        )
+    if settings.micro_batch_size not in (None, settings.batch_size):
+        raise ConfigError(
+            "A CUDA graph needs all of a step's sequences at a time, found micro_batch_size "
+            f"{settings.micro_batch_size} of {settings.batch_size}; leave one of both out."
+        )
 
 
 class RecordedPasses:
@@ -28,22 +54,16 @@ class RecordedPasses:
 
     Args:
         passes: what is recorded; it must not wait for the GPU.
-        masters: in whose gradients it ends, on one GPU.
+        masters: in whose gradients it ends.
+        device: the GPU that all is on.
 
     Raises:
-        CalibrationError: masters that are not on one GPU; at the fourth call, passes that cannot be
-            recorded, as those that wait for the GPU.
+        CalibrationError: at the fourth call, passes that cannot be recorded, as those that wait for
+            the GPU.
     """
 
-    def __init__(self, passes: Passes, masters: Masters) -> None:
-        self._passes, self._masters = passes, masters
-        devices = {master.device for master in masters.values.values()}
-        if len(devices) != 1 or (device := devices.pop()).type != "cuda":
-            raise CalibrationError(
-                "A CUDA graph needs all that is trained on one GPU, found it on "
-                f"{', '.join(sorted(map(str, devices))) or device}; leave cuda_graph out."
-            )
-        self._device = device
+    def __init__(self, passes: Passes, masters: Masters, device: torch.device) -> None:
+        self._passes, self._masters, self._device = passes, masters, device
         # One stream for all calls: what autograd keeps from one to the next belongs to it.
         self._stream = torch.cuda.Stream(device)
         self._calls = 0
