@@ -50,8 +50,8 @@ def run_demo(
 ) -> None:
     """Print perplexity, size and a few generated lines: dense, 2:4, and ``pattern``.
 
-    Pruned by ``method`` on ``samples`` sequences of Python code. Perplexity is on files of
-    the standard library that the model was not trained on, see
+    Pruned by ``method`` on ``samples`` sequences of Python code, with neurons reordered. Perplexity
+    is on files of the standard library that the model was not trained on, see
     :func:`samoyeds_hf.corpus.python_files`.
 
     Raises:
@@ -87,7 +87,7 @@ def demo_config(pattern: str, method: str = METHOD, samples: int = SAMPLES) -> S
     if method == "magnitude":
         return SamoyedsConfig(pattern)
     calibration = {"data": "python-stdlib", "samples": samples, "sequence_length": _LENGTH}
-    return SamoyedsConfig(pattern, method, calibration=calibration)
+    return SamoyedsConfig(pattern, method, permute=True, calibration=calibration)
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:

@@ -95,7 +95,7 @@ def test_the_table_is_measured(printed: str, tmp_path: Path) -> None:
 
 def test_it_shows_the_best_method() -> None:
     config = demo.demo_config("2:4")
-    assert (config.method, config.calibration.samples) == ("best", 64)
+    assert (config.method, config.permute, config.calibration.samples) == ("best", True, 64)
 
 
 def test_text_before_and_after(printed: str) -> None:
