@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import silu_gate
-from test_walk import SMALL_MIXTRAL, inputs_of_experts, prune
 from tiny_models import BY_NAME, MIXTRAL, PATTERN, make_toy, same_state, tokens
 from torch import nn
+from walking import SMALL_MIXTRAL, inputs_of_experts, prune
 
 from samoyeds_hf import SamoyedsConfig
 from samoyeds_hf.pruning import prune_experts

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from helpers import loop_mask, silu_gate
 from tiny_models import (
     BY_NAME,
     MIXTRAL,
-    PATTERN,
     Family,
     ToyModel,
     logits,
@@ -23,218 +21,12 @@ from tiny_models import (
 )
 from torch import nn
 from transformers import PreTrainedModel
+from walking import IDS, SMALL_MIXTRAL, Batch, experts_in, inputs_of_experts, loop_moments, prune
 
-from samoyeds_hf import SamoyedsConfig, SparsityPattern, encode
-from samoyeds_hf.errors import CalibrationError, CheckpointError, PatternError
+from samoyeds_hf import SparsityPattern, encode
+from samoyeds_hf.errors import CalibrationError
 from samoyeds_hf.pruning import METHODS
-from samoyeds_hf.pruning.decoder import Decoder
-from samoyeds_hf.pruning.inputs import (
-    LinearInputs,
-    Routed,
-    down_moments,
-    gate_up_moments,
-    layer_moments,
-)
-from samoyeds_hf.pruning.layer import PrunedWeight, PruneSettings
-from samoyeds_hf.pruning.walk import InMemory, LayerResult, Walk, prune_model
-from samoyeds_hf.selection import select
-
-CPU = torch.device("cpu")
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens [T, H], experts and weights [T, K]
-IDS = tokens(6, 9)
-
-
-def prune(
-    model: PreTrainedModel,
-    method: str = "wanda",
-    ids: torch.Tensor = IDS,
-    config: dict[str, Any] | None = None,
-    on_layer: Callable[[LayerResult], None] | None = None,
-    **settings: Any,
-) -> list[PrunedWeight]:
-    """Prune a model in place."""
-    chosen = SamoyedsConfig(**{"pattern": PATTERN, "strict": False, **(config or {})})
-    targets = select(model, chosen).targets
-    return prune_model(model, targets, ids, PruneSettings(method, **settings), on_layer=on_layer)
-
-
-# --- second moments -----------------------------------------------------------------------------
-
-E, K, H, INNER = 5, 2, 8, 4
-IDLE = 3  # an expert that no token goes to
-
-
-def routed_batches(seed: int = 0) -> list[Batch]:
-    """Two batches of different length; one expert is idle, router weights are of both signs."""
-    rng = torch.Generator().manual_seed(seed)
-    batches = []
-    for length in (7, 4):
-        order = torch.rand(length, E, generator=rng)
-        order[:, IDLE] = -1
-        hidden = torch.randn(length, H, generator=rng)
-        batches.append((hidden, order.topk(K).indices, torch.randn(length, K, generator=rng)))
-    return batches
-
-
-def catch(batches: list[Batch]) -> Routed:
-    """Hand them over as experts are called: by position and by name."""
-    routed = Routed()
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    for given, batch in enumerate(batches):
-        named = dict(zip(names[given:], batch[given:], strict=True))
-        routed.catch(nn.Identity(), batch[:given], named)
-    return routed
-
-
-def loop_moments(
-    batches: list[Batch],
-    experts: int,
-    inner: Callable[[int, torch.Tensor], torch.Tensor] = lambda expert, x: x,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of ``g^2 x x^T`` and tokens of each expert, one token and choice at a time, in fp64."""
-    sums, count = [], torch.zeros(experts, dtype=torch.int64)
-    for expert in range(experts):
-        found = None
-        for hidden, index, weights in batches:
-            for token in range(hidden.shape[0]):
-                for choice in range(index.shape[1]):
-                    x = inner(expert, hidden[token]).double()
-                    found = torch.zeros(len(x), len(x)).double() if found is None else found
-                    if index[token, choice] == expert:
-                        found += weights[token, choice].double() ** 2 * torch.outer(x, x)
-                        count[expert] += 1
-        sums.append(found)
-    return torch.stack([found for found in sums if found is not None]), count
-
-
-@pytest.mark.parametrize(
-    ("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str
-)
-@pytest.mark.parametrize("experts", [range(E), range(1, 4), range(3, 4), range(4, 5)], ids=str)
-def test_moments_of_gate_and_up(experts: range, dtype: torch.dtype, allowed: float) -> None:
-    batches = routed_batches()
-    sums, count = loop_moments(batches, E)
-    found = gate_up_moments(catch(batches), experts, H, CPU, dtype)
-    part = slice(experts.start, experts.stop)
-    assert found.sums.dtype == dtype
-    assert found.tokens.tolist() == count[part].tolist()
-    assert count[IDLE] == 0
-    assert torch.allclose(found.sums.double(), sums[part], rtol=allowed, atol=allowed)
-
-
-def test_moments_of_a_layer() -> None:
-    """As if all experts were one: it serves groups of experts where the others are not at hand."""
-    batches = routed_batches()
-    sums, count = loop_moments(batches, E)
-    found = layer_moments(catch(batches), H, CPU, torch.float64)
-    assert torch.allclose(found, sums.sum(dim=0) / count.sum(), rtol=1e-6, atol=1e-6)
-    both = gate_up_moments(catch(batches), range(E), H, CPU).layer().double()
-    assert torch.allclose(found, both, rtol=1e-5, atol=1e-6)
-
-
-class Experts(nn.Module):
-    """What a fused module has that moments need."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        rng = torch.Generator().manual_seed(1)
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * INNER, H, generator=rng))
-
-    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
-        return silu_gate(both)
-
-
-@pytest.mark.parametrize("experts", [range(E), range(2, 5)], ids=str)
-def test_moments_of_down(experts: range) -> None:
-    batches, module = routed_batches(), Experts()
-    weight = module.gate_up_proj.detach().double()
-    sums, count = loop_moments(batches, E, lambda e, x: silu_gate(weight[e] @ x.double()))
-    with torch.no_grad():
-        found = down_moments(catch(batches), module, experts, torch.float64)
-    part = slice(experts.start, experts.stop)
-    assert found.tokens.tolist() == count[part].tolist()
-    assert torch.allclose(found.sums, sums[part], rtol=1e-4, atol=1e-5)  # inner products in fp32
-    assert not found.shared_inputs  # channels of one expert mean nothing in another
-
-
-@pytest.mark.parametrize("part", [slice(None), slice(2, 4)], ids=str)
-def test_shrinkage(part: slice) -> None:
-    """``sum / n + 0.05 max(1, K / n) target``: the layer for gate and up, the diagonal for down."""
-    batches = routed_batches()
-    sums, count = loop_moments(batches, E)
-    routed = catch(batches)
-    experts = range(E)[part]
-    layer = layer_moments(routed, H, CPU, torch.float64)
-    gate_up = gate_up_moments(routed, experts, H, CPU, torch.float64).shrunk(layer=layer)
-    down = down_moments(routed, Experts(), experts, torch.float64)
-    shrunk = down.shrunk()
-    for place, expert in enumerate(experts):
-        n = int(count[expert])
-        share = 0.05 * max(1, H / max(n, 1))
-        expected = sums[expert] / n + share * layer if n else layer
-        assert torch.allclose(gate_up.matrix[place], expected, rtol=1e-6)
-        own = down.sums[place] / max(n, 1)
-        share = 0.05 * max(1, INNER / max(n, 1))
-        expected = own + share * own.diagonal().diag() if n else torch.eye(INNER).double()
-        assert torch.allclose(shrunk.matrix[place], expected)
-    idle = IDLE - experts.start
-    assert gate_up.notes[idle] == (
-        "no calibration token reached this expert: it uses the moments of its layer",
-    )
-    assert shrunk.notes[idle] == (
-        "no calibration token reached this expert: it is pruned by magnitude",
-    )
-
-
-def test_moments_of_a_linear() -> None:
-    rng = torch.Generator().manual_seed(0)
-    linear = nn.Linear(H, 3, bias=False)
-    inputs = LinearInputs.of(linear, torch.float64)
-    handle = linear.register_forward_pre_hook(inputs.catch)
-    batches = [torch.randn(2, 3, H, generator=rng), torch.randn(1, 4, H, generator=rng)]
-    for batch in batches:
-        linear(batch)
-    handle.remove()
-    expected = torch.zeros(H, H).double()
-    for x in torch.cat([batch.view(-1, H) for batch in batches]).double():
-        expected += torch.outer(x, x)
-    assert inputs.moments.tokens.tolist() == [10]
-    assert torch.allclose(inputs.moments.sums[0], expected)
-
-
-def test_what_is_caught_is_a_copy() -> None:
-    """A layer may go on in place with what it gave its experts."""
-    batches = routed_batches()
-    expected = gate_up_moments(catch(routed_batches()), range(E), H, CPU)
-    routed = catch(batches)
-    for hidden, index, weights in batches:
-        hidden.zero_(), index.zero_(), weights.zero_()
-    assert torch.equal(gate_up_moments(routed, range(E), H, CPU).sums, expected.sums)
-
-
-# --- the order in which data flows --------------------------------------------------------------
-
-
-@torch.no_grad()
-def inputs_of_experts(model: PreTrainedModel, name: str, ids: torch.Tensor) -> list[Batch]:
-    """What the model's own forward gives an experts module."""
-    seen: list[Batch] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden, index, weights = (*args, *kwargs.values())
-        seen.append((hidden.reshape(-1, hidden.shape[-1]), index, weights))
-
-    handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
-    logits(model, ids)
-    handle.remove()
-    return seen
-
-
-def experts_in(model: PreTrainedModel) -> Iterator[str]:
-    """Fused experts modules, in the order of the layers."""
-    for name, module in model.named_modules():
-        if name.endswith("experts") and hasattr(module, "gate_up_proj"):
-            yield name
+from samoyeds_hf.pruning.walk import LayerResult
 
 
 def loop_hessian(sums: torch.Tensor, count: torch.Tensor, *, shared: bool) -> torch.Tensor:
@@ -299,8 +91,6 @@ def in_true_order(model: PreTrainedModel, dense: PreTrainedModel, step: Step) ->
 
 
 WEIGHTS = ("gate_up", "down")
-SMALL = {"num_local_experts": 3, "intermediate_size": 64, "hidden_size": 32, "head_dim": 8}
-SMALL_MIXTRAL = Family("small", "Mixtral", {**MIXTRAL.settings, **SMALL})
 
 
 @torch.no_grad()
@@ -637,135 +427,3 @@ def test_dropout_is_off_while_the_data_is_seen() -> None:
     one, other = family.make().train(), family.make().eval()
     prune(one), prune(other)
     assert same_state(one, other)
-
-
-# --- what goes wrong ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (IDS[0], r"must be \[sequences, length\], found \[9\]"),
-        (IDS[:0], r"must be \[sequences, length\], found \[0, 9\]"),
-        (IDS[:, :0], r"must be \[sequences, length\], found \[6, 0\]"),
-        (IDS[None], r"must be \[sequences, length\], found \[1, 6, 9\]"),
-        (IDS + 128, "in the model's vocabulary, 0 to 127, found 1[0-9][0-9] to 2[0-9][0-9]; use"),
-        (torch.as_tensor([[5, -1]]), "in the model's vocabulary, 0 to 127, found -1 to 5; use"),
-    ],
-)
-def test_bad_tokens(ids: torch.Tensor, message: str) -> None:
-    model, before = MIXTRAL.make(), MIXTRAL.make()
-    with pytest.raises(CalibrationError, match=message) as info:
-        prune(model, ids=ids)
-    assert "\n" not in str(info.value)
-    assert same_state(model, before)
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "magnitude"])
-def test_weights_that_are_not_finite(method: str) -> None:
-    model = MIXTRAL.make()
-    name = "model.layers.1.mlp.experts.down_proj"
-    model.get_parameter(name).data[2, 3, 5] = float("nan")
-    with pytest.raises(CheckpointError, match="must be finite to be pruned, found nan") as info:
-        prune(model, method, refine=True)
-    assert name in str(info.value)
-    assert "\n" not in str(info.value)
-
-
-def test_weights_that_are_not_finite_in_a_group_of_experts() -> None:
-    model = MIXTRAL.make()
-    model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").data[2, 3, 5] = float("nan")
-    place = r"gate_up_proj\[2:3\] .* row 3 of matrix 0, column 5"
-    with pytest.raises(CheckpointError, match=place):
-        prune(model, moments_bytes=1)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight"],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite(name: str, value: float) -> None:
-    model = MIXTRAL.make()
-    model.get_parameter(name).data.fill_(value)
-    with pytest.raises(CalibrationError, match=r"must be finite .*found NaN or infinity") as info:
-        prune(model)
-    assert "\n" not in str(info.value)
-
-
-def test_inputs_that_are_not_finite_name_the_layer() -> None:
-    model = MIXTRAL.make()
-    model.get_parameter("model.layers.1.self_attn.v_proj.weight").data.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"model\.layers\.1"):
-        prune(model)
-
-
-def test_a_pattern_that_does_not_divide() -> None:
-    model = MIXTRAL.make()
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(PatternError):
-        prune_model(model, {name: SparsityPattern.parse("1:2:48")}, IDS, PruneSettings("wanda"))
-
-
-def unreachable() -> PreTrainedModel:
-    """A router that never sends a token to expert 3: its score is the mean of the others'."""
-    settings = {**MIXTRAL.settings, "num_experts_per_tok": 1}
-    model = Family("top1", "Mixtral", settings).make()
-    for layer in model.model.layers:
-        weight = layer.mlp.gate.weight.data
-        weight[3] = weight[:3].mean(dim=0)
-    return model
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "best"])
-@pytest.mark.parametrize("memory", [1, 10**9])
-def test_an_expert_that_no_token_reaches(method: str, memory: int) -> None:
-    model, dense = unreachable(), unreachable()
-    for weight in prune(model, method, moments_bytes=memory):
-        assert weight.tokens[3] == 0
-        assert sum(weight.tokens) == IDS.numel()
-        fallback = "is pruned by magnitude"
-        if weight.name.endswith("gate_up_proj"):
-            fallback = "uses the moments of its layer"
-        (note,) = [note for note in weight.notes if note.startswith("expert 3: ")]
-        assert note == f"expert 3: no calibration token reached this expert: it {fallback}"
-        if weight.name.endswith("down_proj"):
-            kept = dense.get_parameter(weight.name)[3]
-            assert torch.equal(weight.mask[3], loop_mask(kept, SparsityPattern.parse(PATTERN)))
-        assert torch.isfinite(model.get_parameter(weight.name)).all()
-        assert 0 < weight.errors[3] < 1
-
-
-def test_a_linear_that_no_token_reaches() -> None:
-    """A list of experts with the routing inside: one whose module is never called."""
-    model = make_toy()
-
-    def first_only(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = x + self.experts[0](x) + self.shared_expert(x)
-        return out
-
-    block = type("First", (type(model.layers[0]),), {"forward": first_only})
-    for layer in model.layers:
-        layer.__class__ = block
-    for weight in prune(model):
-        if ".experts.0." in weight.name:
-            assert weight.tokens == (IDS.numel(),)
-        else:
-            assert weight.tokens == (0,)
-            assert weight.notes == (
-                "no calibration token reached this expert: it is pruned by magnitude",
-            )
-
-
-def test_a_walk_that_goes_on_where_another_one_stood() -> None:
-    whole, halves = MIXTRAL.make(), MIXTRAL.make()
-    prune(whole)
-    targets = select(halves, SamoyedsConfig(PATTERN)).targets
-    layers = InMemory(Decoder.find(halves, targets))
-    first = Walk(layers, targets, IDS, PruneSettings("wanda"))
-    next(iter(first))
-    kept = [hidden.clone() for hidden in first.hidden]
-    second = Walk(layers, targets, IDS, PruneSettings("wanda"))
-    second.resume(1, kept)
-    assert [result.index for result in second] == [1]
-    assert same_state(whole, halves)
