@@ -25,10 +25,12 @@ from tiny_models import BY_NAME, MIXTRAL, PATTERN, VOCAB, Family, make_toy, mask
 
 from samoyeds_hf import SamoyedsConfig, patch_model
 from samoyeds_hf.errors import CalibrationError, ConfigError
+from samoyeds_hf.pruning import recorded as recorded_module
 from samoyeds_hf.pruning.distill import distill
 from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.masks import kept_masks
-from samoyeds_hf.pruning.recorded import check_recordable
+from samoyeds_hf.pruning.masters import Masters
+from samoyeds_hf.pruning.recorded import RecordedPasses, check_recordable
 from samoyeds_hf.pruning.training import schedule
 
 
@@ -348,7 +350,8 @@ def test_masks_and_weights_that_cannot_be() -> None:
 
 
 def test_passes_that_cannot_be_recorded() -> None:
-    student, teacher, masks = mixtral()
+    _, teacher, masks = mixtral()
+    student = copy.deepcopy(teacher)  # dense: not even pruned before it is refused
     untrained = copy.deepcopy(student)
     with pytest.raises(CalibrationError, match=r"all that is trained on one GPU, found it on cpu"):
         distill(student, teacher, TEXT, masks, FAST, cuda_graph=True)
@@ -360,6 +363,42 @@ def test_passes_that_cannot_be_recorded() -> None:
         check_recordable([other, gpu], FAST)
     with pytest.raises(ConfigError, match="found micro_batch_size 2 of 4"):
         check_recordable([gpu], replace(FAST, micro_batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "said"),
+    [
+        (
+            RuntimeError("not while recording\nMore advice"),
+            CalibrationError,
+            r"they cannot be recorded \(not while recording\); leave cuda_graph out\.$",
+        ),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "^full$"),
+    ],
+)
+def test_a_recording_that_fails(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, error: type[Exception], said: str
+) -> None:
+    class Recording:
+        """As torch's, which fails once more at its end."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("failed because of an error before")
+
+    for name in ("Stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Recording)
+    monkeypatch.setattr(recorded_module, "_EAGER", 0)
+
+    def passes(_: torch.Tensor) -> torch.Tensor:
+        raise raised
+
+    masters = Masters({"w": torch.nn.Parameter(torch.ones(1))}, {})
+    with pytest.raises(error, match=said):
+        RecordedPasses(passes, masters, torch.device("cpu"))(TEXT)
 
 
 def test_a_loss_that_is_not_finite() -> None:

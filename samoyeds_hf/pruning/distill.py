@@ -121,6 +121,9 @@ class _Run:
         settings: DistillSettings,
         cuda_graph: bool = False,
     ) -> None:
+        if cuda_graph:
+            devices = [p.device for model in (student, teacher) for p in model.parameters()]
+            check_recordable(devices, settings)
         self.student, self.teacher, self.tokens = student, teacher, tokens
         self.settings = settings
         held = round(settings.held_back * len(tokens))
@@ -144,8 +147,6 @@ class _Run:
         self.masters = Masters(weights, masks)
         self.passes: Passes = self._passes
         if cuda_graph:
-            devices = [p.device for model in (student, teacher) for p in model.parameters()]
-            check_recordable(devices, settings)
             self.passes = RecordedPasses(self._passes, self.masters, student.device)
         self.optimizer = make_optimizer(self.masters)
         self.losses: list[float] = []

@@ -60,6 +60,7 @@ class RecordedPasses:
     Raises:
         CalibrationError: at the fourth call, passes that cannot be recorded, as those that wait for
             the GPU.
+        torch.OutOfMemoryError: a GPU too small for them.
     """
 
     def __init__(self, passes: Passes, masters: Masters, device: torch.device) -> None:
@@ -97,8 +98,13 @@ class RecordedPasses:
             with torch.cuda.graph(self._graph, stream=self._stream):
                 self._losses = self._passes(self._tokens)
         except RuntimeError as error:
+            # What went wrong inside makes the end of the recording fail, too, and says less.
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            said = str(cause).partition("\n")[0]
             raise CalibrationError(
                 "A CUDA graph needs passes that do not wait for the GPU, found that they cannot be "
-                f"recorded ({error}); leave cuda_graph out."
+                f"recorded ({said}); leave cuda_graph out."
             ) from error
         self._grads = {name: master.grad for name, master in self._masters.values.items()}
