@@ -198,7 +198,9 @@ struct HopperBuffers {
     if (!kIsSplit && half + 1 < kHalves) return;
     __syncwarp();
     const int lane = threadIdx.x % kWarpThreads;
-    if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), lane);
+    // Lane 0 in its own thread block, see get().
+    const int rank = lane ^ static_cast<int>(blockIdx.x % Shape::kCluster);
+    if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), rank);
   }
   // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
@@ -256,8 +258,14 @@ struct HopperBuffers {
                       static_cast<std::uint32_t>(work.packed));
   }
   __device__ static SlabWork get(std::uint32_t from) {
-    return {0, uniform(static_cast<int>(ptx::load_shared_word(from))),
-            uniform(static_cast<int>(ptx::load_shared_word(from + 4)))};
+    // Read by the lane that arrives for its warp when this place may be written again: racecheck
+    // does not follow the other lanes through __syncwarp().
+    std::uint32_t first = 0, packed = 0;
+    if (threadIdx.x % kWarpThreads == 0) {
+      first = ptx::load_shared_word(from);
+      packed = ptx::load_shared_word(from + 4);
+    }
+    return {0, uniform(static_cast<int>(first)), uniform(static_cast<int>(packed))};
   }
 
   __device__ std::uint32_t own(int group) const {
