@@ -99,6 +99,17 @@ def poke(directory: Path, name: str, place: tuple[int, ...], value: bytes) -> No
         file.write(value)
 
 
+def load(directory: Path, **settings: Any) -> PreTrainedModel:
+    """From a directory, in eval mode, its tensors where a fresh model has them."""
+    model = AutoModelForCausalLM.from_pretrained(directory, **settings).eval()
+    # NOTE: a file's tensors lie at multiples of 8 bytes, and the CPU's matrix products round
+    # otherwise at such places than at multiples of 64, dense ones too.
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.clone()
+    return model
+
+
 def load_as_auto(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
 

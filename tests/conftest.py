@@ -1,10 +1,15 @@
-"""Settings shared by all tests."""
+"""Settings and fixtures that tests share."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command import Done, Run
 from hypothesis import settings
+from tiny_models import PATTERN, Family, masked_twin
 
+import samoyeds_hf
 from samoyeds_hf import cli
 
 # Examples are fixed, so that a failure can be made again; times vary on a shared machine.
@@ -28,3 +33,27 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Done(stop.value.code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], SimpleNamespace]:
+    """A family's dense and sparse model in memory and on disk; made once."""
+    made: dict[str, SimpleNamespace] = {}
+
+    def get(family: Family) -> SimpleNamespace:
+        if family.name not in made:
+            folder = tmp_path_factory.mktemp(family.name)
+            dense, sparse = family.make(), family.make()
+            dense.save_pretrained(folder / "dense")
+            samoyeds_hf.patch_model(sparse, PATTERN)
+            sparse.save_pretrained(folder / "sparse")
+            made[family.name] = SimpleNamespace(
+                dense=dense,
+                sparse=sparse,
+                twin=masked_twin(dense, sparse),
+                dense_dir=folder / "dense",
+                sparse_dir=folder / "sparse",
+            )
+        return made[family.name]
+
+    return get

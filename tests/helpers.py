@@ -24,6 +24,12 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(bits(found), bits(expected))
 
 
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance relative to the norm of what was expected."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
 def random_mask(
     shape: tuple[int, ...], pattern: SparsityPattern, rng: torch.Generator
 ) -> torch.Tensor:

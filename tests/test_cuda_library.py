@@ -1,4 +1,4 @@
-"""The C interface: exact packing, refusals that write nothing, bad data that reads nothing foreign.
+"""The C interface: refusals that write nothing, calls that only queue work.
 
 Needs a CUDA device.
 """
@@ -19,7 +19,6 @@ from cuda_helpers import (
     BORDER,
     DEVICE,
     GPU,
-    HALF_DTYPES,
     INVALID_ARGUMENT,
     OK,
     UNSUPPORTED,
@@ -42,84 +41,18 @@ from cuda_helpers import (
     pack,
     packed_bytes,
     random_layer,
-    random_seed,
     random_weight,
     stream_handle,
     synchronize,
     unpack,
     workspace_for,
 )
-from fragment_emulation import pack as emulated_pack
 from helpers import assert_same_bits
 
 from samoyeds_hf import interface, library
 from samoyeds_hf.errors import KernelError
-from samoyeds_hf.format import SparseWeight
 
 pytestmark = GPU
-
-# --- pack and unpack -------------------------------------------------------------------------
-
-# (pattern, E, m, k): every kind of layout, tails in rows and columns
-PACKED = [
-    ("2:4", 1, 16, 128),
-    ("2:4", 3, 40, 8),  # one column of blocks, mostly empty
-    ("2:4", 2, 72, 136),
-    ("4:4:32", 2, 24, 160),
-    ("16:16:8", 2, 48, 64),  # a block across gate and up
-    ("1:2:32", 3, 64, 160),
-    ("1:2:32", 2, 16, 32),
-    ("1:2:64", 2, 80, 192),
-    ("1:2:96", 2, 64, 288),  # Sub-Rows across blocks
-    ("1:2:128", 5, 144, 384),
-    ("1:2:160", 2, 48, 160),  # Sub-Row = row
-    ("1:2:256", 2, 32, 512),
-    ("3:4:32", 3, 72, 160),  # 9 blocks of rows of gate, 18 in all
-    ("3:4:32", 1, 8, 32),
-    ("3:4:64", 2, 68, 192),  # a block across gate and up
-    ("3:4:96", 2, 128, 288),
-    ("3:4:128", 5, 144, 384),
-    ("3:4:16", 2, 48, 144),
-    ("1:2:4", 2, 48, 136),
-    ("1:2:24", 2, 24, 24),
-    ("4:8:32", 3, 48, 160),
-    ("8:16:64", 2, 96, 64),
-    ("3:5:8", 2, 40, 136),
-    ("1:16:32", 2, 64, 64),
-    ("15:16:40", 2, 48, 40),
-    ("7:9:4", 2, 18, 136),
-]
-
-
-@pytest.mark.parametrize("is_gate_up", [False, True], ids=["plain", "gate_up"])
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("text", "experts", "m", "k"), PACKED)
-def test_packing_is_exact(
-    text: str, experts: int, m: int, k: int, dtype: torch.dtype, is_gate_up: bool
-) -> None:
-    """Byte for byte what the layout's description says, and back again: any 16 bits survive."""
-    rng = generator(random_seed())
-    weight = random_weight((experts, m, k), text, dtype, rng, is_gate_up)
-    # NaN with payloads, infinities, denormals and -0.0 among them
-    bits = weight.stored.values.view(torch.int16)
-    bits.copy_(torch.randint(-(1 << 15), 1 << 15, bits.shape, generator=rng, device=DEVICE))
-    packed = pack(weight.stored, weight)
-    on_cpu = SparseWeight(*(tensor.cpu() for tensor in weight.stored))
-    expected = emulated_pack(on_cpu, weight.pattern, m, is_gate_up)
-    assert torch.equal(packed.tensor.cpu(), expected.view(torch.uint8).flatten())
-    again = unpack(Guarded.around(packed.tensor), weight)
-    assert_same_bits(again.values, weight.stored.values)
-    assert torch.equal(again.meta, weight.stored.meta)
-    assert torch.equal(again.index, weight.stored.index)
-
-
-def test_packing_of_many_experts() -> None:
-    rng = generator(random_seed())
-    weight = random_weight((256, 64, 128), "1:2:64", torch.bfloat16, rng, is_gate_up=True)
-    for ours, theirs in zip(
-        unpack(pack(weight.stored, weight), weight), weight.stored, strict=True
-    ):
-        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -604,84 +537,6 @@ def test_callers_device_is_left_as_it_was() -> None:
         assert_same_bits(out.tensor, expected)
     finally:
         torch.cuda.set_device(0)
-
-
-# --- bad data that was forced through --------------------------------------------------------
-
-KINDS = ["2:4", "4:4:32", "1:2:32", "1:2:64", "1:2:128", "1:2:8", "4:8:32", "3:5:8", "1:16:32"]
-KINDS += ["3:4:32", "3:4:64"]
-
-
-def check_that_nothing_foreign_is_touched(layer: Layer) -> None:
-    """The borders of outputs and workspace are checked in each call, CUDA errors by waiting."""
-    moe_mlp(layer)
-    moe_up(layer)
-    inner = torch.zeros(layer.top_k_index.numel(), layer.shape.inner, device=DEVICE)
-    moe_down(layer, inner.to(layer.hidden.dtype))
-    for weight in (layer.gate_up, layer.down):
-        unpack(weight.packed, weight)
-        single = Weight(SparseWeight(*(t[:1] for t in weight.stored)), weight.pattern, weight.rows)
-        num_bytes = weight.packed.num_bytes // weight.experts
-        if not weight.is_gate_up:
-            vars(single)["packed"] = Guarded.around(weight.packed.bytes[:num_bytes])
-        linear(single, torch.zeros(20, weight.cols, dtype=weight.dtype, device=DEVICE))
-    synchronize()
-
-
-def layer_of(text: str, seed: int) -> Layer:
-    sizes = {"3:5:8": (40, 40), "4:4:32": (96, 96)}.get(
-        text, (128, 160 if text != "1:2:128" else 128)
-    )
-    hidden, inner = sizes
-    if inner % 64 and text in ("1:2:64", "3:4:64"):
-        inner = 192
-    shape = Shape(70, experts=3, hidden=hidden, inner=inner, up=text, down=text)
-    return random_layer(shape, torch.bfloat16, seed)
-
-
-@pytest.mark.parametrize("text", KINDS)
-def test_forced_bad_index_and_meta(text: str) -> None:
-    """Validation refuses these when a checkpoint is loaded; even so they must not hurt."""
-    seed = random_seed()
-    rng = generator(seed)
-    for index_byte in (255, 16, 2, None):
-        for meta_byte in (0x00, 0xFF, 0x40, None):
-            layer = layer_of(text, seed)
-            for weight in (layer.gate_up, layer.down):
-                for tensor, byte in (
-                    (weight.stored.index, index_byte),
-                    (weight.stored.meta, meta_byte),
-                ):
-                    if byte is None:
-                        tensor.random_(0, 256, generator=rng)
-                    else:
-                        tensor.fill_(byte)
-            check_that_nothing_foreign_is_touched(layer)
-
-
-@pytest.mark.parametrize("text", KINDS)
-def test_random_bytes_as_a_packed_weight(text: str) -> None:
-    seed = random_seed()
-    layer = layer_of(text, seed)
-    for fill in (None, 0xFF, 0x00, 0x7F):
-        for weight in (layer.gate_up, layer.down):
-            if fill is None:
-                weight.packed.bytes.random_(0, 256, generator=generator(seed))
-            else:
-                weight.packed.bytes.fill_(fill)
-        check_that_nothing_foreign_is_touched(layer)
-
-
-def test_neighbours_of_a_bad_expert_are_right() -> None:
-    """Garbage in one expert changes the tokens of that expert alone."""
-    for text in ("1:2:32", "3:4:32", "2:4", "4:8:32"):
-        layer = layer_of(text, random_seed())
-        clean = moe_mlp(layer)
-        for weight in (layer.gate_up, layer.down):
-            weight.packed.bytes.view(3, -1)[1].random_(0, 256)
-        found = moe_mlp(layer)
-        others = (layer.top_k_index != 1).all(dim=1)
-        assert_same_bits(found[others], clean[others])
 
 
 def test_buffers_are_aligned_as_the_interface_asks_and_no_better() -> None:
