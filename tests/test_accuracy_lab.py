@@ -362,6 +362,8 @@ def test_table(lab: ModuleType) -> None:
         row_of(1.085, cell("1:2:32", "admm+refine", ideas="uneven"), bytes=0.289),
         row_of(1.01, cell("1:2:32", "admm+refine", ideas="columns"), bytes=0.29),
         row_of(1.05, cell("1:2:32", recovery="distill"), bytes=0.28906),
+        row_of(1.07, cell("1:2:32", ideas="permute"), seed=1, bytes=0.29),
+        row_of(1.04, cell("1:2:32", recovery="distill", ideas="permute"), seed=1, bytes=0.29),
         row_of(1.0802, cell("1:2:32", path="samoyeds"), seed=1),
         row_of(1.06, cell("1:2:128", recovery="distill")),
         row_of(1.045, cell("1:2:128", recovery="block+distill")),
@@ -376,11 +378,15 @@ def test_table(lab: ModuleType) -> None:
     # columns has more bytes; the bound is VENOM by the same method
     assert "| 1.090 (VENOM) | 1.070 | 1.085 (1 seed) | 1:2:32 admm+refine, uneven |" in recipe
     assert recipe.endswith("| must |")
-    assert "| 1:2:32 | 1.100 |  | 1.300 |" in lines  # best, admm+refine, wanda+refine
+    # best, admm+refine, wanda+refine: of one model, not the mean over both
+    assert "| 1:2:32 | 1.120 |  | 1.300 |" in lines[lines.index("Seed 0:") : lines.index("Seed 1:")]
+    assert "| 1:2:32 | 1.080 |" in lines[lines.index("Seed 1:") :]
     # beside its masks of the same seed, not the mean
     encoded = next(line for line in lines if "(samoyeds)" in line)
     assert encoded.startswith("| 1:2:32 best (samoyeds) | 1 | 1.08020 | 1.08000 |")
-    assert any("| uneven | 1.085 |  |" in line for line in lines)
+    # beside the plain cell of the seeds that have the idea
+    assert "| 1:2:32 | admm+refine | uneven | 1.085 |  |  |  |" in lines
+    assert "| 1:2:32 | best | permute | 1.070 | 1.080 | 1.040 |  |" in lines
 
 
 # --- all of it ------------------------------------------------------------------------------------

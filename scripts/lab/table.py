@@ -31,6 +31,7 @@ _NOTE = (
     "VENOM, unstructured masks and dense columns exist as masks only: what refines them is least "
     "squares, without the search for better masks that the patterns of the format get."
 )
+_IDEAS_NOTE = "Means over the seeds that have an idea, beside those of the same seeds without it."
 _NAMES = {NONE: "one-shot", DISTILL: "distilled"}
 
 
@@ -45,16 +46,18 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _section(rows: list[Row]) -> Iterator[str]:
-    ratios = over_seeds(rows, "ratio")
+    by_seed = _by_seed(rows)
     yield _about(rows)
-    yield "### Targets\n\n" + _targets(rows, ratios)
+    yield "### Targets\n\n" + _targets(rows, over_seeds(rows, "ratio"))
     for recovery in RECOVERIES:
-        grid = _grid(ratios, recovery)
-        if grid:
-            yield f"### Perplexity relative to dense, {_NAMES.get(recovery, recovery)}\n\n{grid}"
-    if ideas := _ideas(ratios):
-        yield f"### At the bytes of {BUDGET}\n\n{ideas}"
-    if kernels := _kernels(rows):
+        # A table a seed: models differ by more than methods do, and not every one has every cell.
+        grids = {seed: _grid(ratios, recovery) for seed, ratios in by_seed.items()}
+        if any(grids.values()):
+            yield f"### Perplexity relative to dense, {_NAMES.get(recovery, recovery)}"
+        yield from (f"Seed {seed}:\n\n{grid}" for seed, grid in grids.items() if grid)
+    if ideas := _ideas(by_seed):
+        yield f"### At the bytes of {BUDGET}\n\n{ideas}\n\n{_IDEAS_NOTE}"
+    if kernels := _kernels(by_seed):
         yield "### Through the encoded experts\n\n" + kernels
     yield "### Multiple choice, normalised by length, zero-shot\n\n" + _tasks(rows)
 
@@ -122,10 +125,21 @@ def _target_line(
     return (*start, measured, by, target.verdict(ratio, must))
 
 
-def _grid(ratios: Ratios, recovery: str) -> str:
+def _by_seed(rows: Sequence[Row]) -> dict[str, dict[Cell, float]]:
+    """The ratios of each model."""
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    return {
+        seed: {
+            cell: mean(values)
+            for cell, values in over_seeds([r for r in rows if r["seed"] == seed], "ratio").items()
+        }
+        for seed in seeds
+    }
+
+
+def _grid(ratios: Mapping[Cell, float], recovery: str) -> str:
     """Patterns by methods; empty where nothing was measured."""
-    shown = {cell: mean(values) for cell, values in ratios.items() if _is_plain(cell)}
-    shown = {cell: value for cell, value in shown.items() if cell.recovery == recovery}
+    shown = {c: v for c, v in ratios.items() if _is_plain(c) and c.recovery == recovery}
     methods = [method for method in METHODS if any(cell.method == method for cell in shown)]
     lines = []
     for pattern in PATTERNS:
@@ -135,37 +149,39 @@ def _grid(ratios: Ratios, recovery: str) -> str:
     return _table(("pattern", *methods), lines) if lines else ""
 
 
-def _ideas(ratios: Ratios) -> str:
-    """Ideas by pattern and method, one-shot and distilled."""
-    lines = []
-    cases = dict.fromkeys(
+def _ideas(by_seed: Mapping[str, Mapping[Cell, float]]) -> str:
+    """Ideas by pattern and method, each beside the same seeds without it."""
+    found = dict.fromkeys(
         (c.pattern, c.method, c.ideas)
-        for c in sorted(ratios, key=lambda c: IDEAS.index(c.ideas))
+        for ratios in by_seed.values()
+        for c in ratios
         if c.ideas != NONE
     )
-    plain = dict.fromkeys((pattern, method, NONE) for pattern, method, _ in cases)
-    for pattern, method, ideas in (*plain, *cases):
-        values = [_mean(ratios.get(Cell(pattern, method, r, ideas))) for r in (NONE, DISTILL)]
-        if any(value is not None for value in values):
-            shown = ("" if value is None else f"{value:.3f}" for value in values)
-            lines.append((pattern, method, "-" if ideas == NONE else ideas, *shown))
-    head = ("pattern", "method", "ideas", _NAMES[NONE], _NAMES[DISTILL])
-    return _table(head, lines) if cases else ""
-
-
-def _kernels(rows: Sequence[Row]) -> str:
-    """What is encoded beside its masks in the dense model of the same seed."""
-    seeds = {row["seed"] for row in rows}
-    of_seed = {
-        seed: over_seeds([row for row in rows if row["seed"] == seed], "ratio") for seed in seeds
-    }
     lines = []
-    for seed, ratios in sorted(of_seed.items()):
-        for cell, values in ratios.items():
+    for pattern, method, ideas in sorted(found, key=lambda case: IDEAS.index(case[2])):
+        shown: list[str] = []
+        for recovery in (NONE, DISTILL):
+            cell = Cell(pattern, method, recovery, ideas)
+            having = [ratios for ratios in by_seed.values() if cell in ratios]
+            plain = replace(cell, ideas=NONE)
+            pairs = [(r[cell], r[plain]) for r in having if plain in r]
+            shown += [f"{mean(r[cell] for r in having):.3f}" if having else "", ""]
+            if pairs and len(pairs) == len(having):
+                shown[-1] = f"{mean(without for _, without in pairs):.3f}"
+        if any(shown):
+            lines.append((pattern, method, ideas, *shown))
+    head = ("pattern", "method", "ideas", _NAMES[NONE], "without", _NAMES[DISTILL], "without")
+    return _table(head, lines) if lines else ""
+
+
+def _kernels(by_seed: Mapping[str, Mapping[Cell, float]]) -> str:
+    """What is encoded beside its masks in the dense model of the same seed."""
+    lines = []
+    for seed, ratios in by_seed.items():
+        for cell, ratio in ratios.items():
             if cell.path != KERNELS:
                 continue
-            twin = _mean(ratios.get(replace(cell, path=MASKED)))
-            ratio = mean(values)
+            twin = ratios.get(replace(cell, path=MASKED))
             other = ("", "") if twin is None else (f"{twin:.5f}", f"{ratio / twin - 1:+.2e}")
             lines.append((str(cell), seed, f"{ratio:.5f}", *other))
     head = ("cell", "seed", "encoded", MASKED, "difference")
