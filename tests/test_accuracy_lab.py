@@ -416,10 +416,11 @@ def test_pipeline(
 ) -> None:
     path = tmp_path / "results.csv"
     chosen = "--patterns 1:2:32 venom:64:2:8 unstructured:0.75 --methods best --ideas none"
-    status, rows = call(path, f"{chosen} --recoveries none distill block")
+    status, rows = call(path, f"{chosen} --recoveries none distill block distill-twice")
     assert status == 0
     found = {(row["pattern"], row["recovery"], row["path"]): row for row in rows}
-    assert len(found) == len(rows) == 1 + 3 * 2 + 2  # and one by block, one encoded
+    # and one by block, one distilled twice, one encoded
+    assert len(found) == len(rows) == 1 + 3 * 2 + 3
     dense = found["dense", "none", "masked"]
     assert float(dense["ratio"]) == 1
     for (pattern, recovery, _), row in found.items():
@@ -427,7 +428,11 @@ def test_pipeline(
         assert float(row["ratio"]) == pytest.approx(ratio, rel=1e-4)
         if pattern != "dense" and row["path"] == "masked":
             assert 0.2 < float(row["kept"]) <= 0.25
-            assert (row["recover_tokens"] != "") == (recovery == "distill")
+            assert (row["recover_tokens"] != "") == recovery.startswith("distill")
+    once, twice = (found["1:2:32", name, "masked"] for name in ("distill", "distill-twice"))
+    assert once["recover_tokens"] == twice["recover_tokens"]
+    steps = [int(row["distill"].partition(" ")[0]) for row in (once, twice)]
+    assert steps[1] == 2 * steps[0]
     encoded, masked = (found["1:2:32", "none", path] for path in lab.cells.PATHS[::-1])
     assert float(encoded["ratio"]) == pytest.approx(float(masked["ratio"]), rel=1e-4)
     assert float(masked["bytes"]) == pytest.approx(0.28906, abs=1e-5)

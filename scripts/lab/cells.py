@@ -30,9 +30,11 @@ METHODS = (
 
 NONE = "none"
 DISTILL = "distill"
+TWICE = "distill-twice"  # the same text, in another order, in steps of one schedule
 BLOCK = "block"
 BLOCK_DISTILL = "block+distill"
-RECOVERIES = (NONE, DISTILL, BLOCK, BLOCK_DISTILL)
+RECOVERIES = (NONE, DISTILL, TWICE, BLOCK, BLOCK_DISTILL)
+PASSES = {DISTILL: 1, TWICE: 2}  # of a distillation over its text
 
 # Changes at the bytes of BUDGET. permute: rows of gate and up in another order. uneven: patterns by
 # the package's own measure, weight by weight; probed: by the loss of the model. columns: some input
@@ -148,7 +150,10 @@ def _in_order() -> Iterator[Cell]:
     for pattern in TARGETS:
         yield from _with(Cell(pattern, recovery=BLOCK), BLOCK_DISTILL)
     yield from _with(replace(plain, ideas=UNEVEN, recovery=BLOCK), BLOCK_DISTILL)
+    for pattern in (BUDGET, "1:2:128", "3:4:128"):
+        yield from _with(Cell(pattern, ideas=PERMUTE, recovery=BLOCK), BLOCK_DISTILL)
     yield from (replace(plain, ideas=ideas, recovery=DISTILL) for ideas in IDEAS[1:])
+    yield from (Cell(pattern, recovery=TWICE) for pattern in TARGETS)
     yield from (Cell(pattern, method) for method in METHODS for pattern in PATTERNS)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from lab.cells import BLOCK, COLUMNS, DENSE, DISTILL, KERNELS, NONE, PERMUTE, PROBED, UNEVEN, Cell
+from lab.cells import BLOCK, COLUMNS, DENSE, KERNELS, NONE, PASSES, PERMUTE, PROBED, UNEVEN, Cell
 from lab.corpus import Corpus
 from lab.measure import Task, accuracy, perplexity
 from lab.patterns import PatternLike, pattern_of, size_of
@@ -84,9 +84,10 @@ class Laboratory:
             return {**self._evaluate(self.dense), "seconds": f"{self._since(start):.2f}"}
         sparse = self._pruned(cell)
         model, values = sparse.model, self._about(sparse)
-        if DISTILL in cell.steps:
-            model, columns = self._distilled(sparse)
-            values |= columns
+        for step in cell.steps:
+            if step in PASSES:
+                model, columns = self._distilled(sparse, PASSES[step])
+                values |= columns
         if cell.path == KERNELS:
             model = self._encoded(model, cell)
         values |= self._evaluate(model)
@@ -131,7 +132,7 @@ class Laboratory:
 
     def _pruned(self, cell: Cell) -> Sparse:
         """The last pruned copy, if it is the one that a cell begins with."""
-        steps = [step for step in cell.steps if step != DISTILL]
+        steps = [step for step in cell.steps if step not in PASSES]
         first = Cell(cell.pattern, cell.method, "+".join(steps) or NONE, cell.ideas)
         if self._last is None or self._last[0] != first:
             self._last = None  # its memory first
@@ -178,15 +179,15 @@ class Laboratory:
             print(f"    probed every weight in {self._since(start):.0f} s", flush=True)
         return self._probed[pattern]
 
-    def _distilled(self, sparse: Sparse) -> tuple[PreTrainedModel, dict[str, object]]:
+    def _distilled(self, sparse: Sparse, passes: int) -> tuple[PreTrainedModel, dict[str, object]]:
         """A recovered copy, and the columns that say how."""
         start = time.perf_counter()
         batch, settings = self.settings.distill_batch, self.settings
-        steps = max(1, int(settings.share * self.trained.tokens / (batch * self.context)))
-        tokens = self.corpus.shuffled(steps * batch, self.context, settings.seed + 2)
+        in_pass = max(1, int(settings.share * self.trained.tokens / (batch * self.context)))
+        tokens = self.corpus.shuffled(in_pass * batch, self.context, settings.seed + 2)
         student = copy.deepcopy(sparse.model)
         recipe = DistillSettings(
-            steps=steps,
+            steps=in_pass * passes,
             batch_size=batch,
             learning_rate=settings.distill_lr,
             hidden_weight=settings.distill_hidden,
@@ -198,7 +199,7 @@ class Laboratory:
         return student, {
             "recover_s": f"{self._since(start):.2f}",
             "recover_tokens": tokens.numel(),
-            "distill": f"{steps} x {batch}, lr {report.rates}, {recipe.train}, "
+            "distill": f"{recipe.steps} x {batch}, lr {report.rates}, {recipe.train}, "
             f"hidden states x {recipe.hidden_weight:g}; held back {report.held_back}"
             + ("" if report.kept else ", no better and not kept"),
         }

@@ -151,16 +151,13 @@ def _grid(ratios: Mapping[Cell, float], recovery: str) -> str:
 
 def _ideas(by_seed: Mapping[str, Mapping[Cell, float]]) -> str:
     """Ideas by pattern and method, each beside the same seeds without it."""
-    found = dict.fromkeys(
-        (c.pattern, c.method, c.ideas)
-        for ratios in by_seed.values()
-        for c in ratios
-        if c.ideas != NONE
-    )
+    cells = [c for ratios in by_seed.values() for c in ratios if c.ideas != NONE]
+    recoveries = [name for name in RECOVERIES if any(c.recovery == name for c in cells)]
+    cases = dict.fromkeys((c.pattern, c.method, c.ideas) for c in cells)
     lines = []
-    for pattern, method, ideas in sorted(found, key=lambda case: IDEAS.index(case[2])):
+    for pattern, method, ideas in sorted(cases, key=lambda case: IDEAS.index(case[2])):
         shown: list[str] = []
-        for recovery in (NONE, DISTILL):
+        for recovery in recoveries:
             cell = Cell(pattern, method, recovery, ideas)
             having = [ratios for ratios in by_seed.values() if cell in ratios]
             plain = replace(cell, ideas=NONE)
@@ -168,10 +165,9 @@ def _ideas(by_seed: Mapping[str, Mapping[Cell, float]]) -> str:
             shown += [f"{mean(r[cell] for r in having):.3f}" if having else "", ""]
             if pairs and len(pairs) == len(having):
                 shown[-1] = f"{mean(without for _, without in pairs):.3f}"
-        if any(shown):
-            lines.append((pattern, method, ideas, *shown))
-    head = ("pattern", "method", "ideas", _NAMES[NONE], "without", _NAMES[DISTILL], "without")
-    return _table(head, lines) if lines else ""
+        lines.append((pattern, method, ideas, *shown))
+    columns = (text for name in recoveries for text in (_NAMES.get(name, name), "without"))
+    return _table(("pattern", "method", "ideas", *columns), lines) if lines else ""
 
 
 def _kernels(by_seed: Mapping[str, Mapping[Cell, float]]) -> str:
