@@ -117,7 +117,7 @@ MODELS = {
         moe_layers=48,
     ),
 }
-METHODS = ("wanda+refine", "sparsegpt", "admm+refine", "best")
+METHODS = ("wanda+refine", "sparsegpt", "admm+refine", "best", "best+permute")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -158,12 +158,12 @@ def measure(args: argparse.Namespace, name: str, method: str) -> dict[str, objec
     dense = dense_model(make_config(model, args.shrink, args.length), device)
     patterns = select(dense, SamoyedsConfig(args.pattern)).targets
     tokens = torch.randint(1024, (args.samples, args.length))
-    chosen, _, refine = method.partition("+")
+    chosen, *more = method.split("+")
     walk = Walk(
         InMemory(Decoder.find(dense, patterns)),
         patterns,
         tokens,
-        PruneSettings(chosen, bool(refine)),
+        PruneSettings(chosen, refine="refine" in more, permute="permute" in more),
     )
     is_cuda = device.type == "cuda"
     if is_cuda:
