@@ -3,7 +3,7 @@
 #pragma once
 
 #include "samoyeds/mma.cuh"
-#include "samoyeds/slab_scheduler.cuh"
+#include "samoyeds/slab_buffers.cuh"
 
 namespace samoyeds {
 
