@@ -182,6 +182,31 @@ def test_experts_after_a_rest(
     assert {(row["tokens"], row["rest_ms"]) for row in shown} == {("63", "0"), ("64", "50")}
 
 
+@pytest.mark.slow
+def test_builds_beside_each_other(bench: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each one's process has its own environment; here all of them run plain torch."""
+    more = "--models qwen3-30b-a3b --tokens 3 --patterns 1:2:16 --rounds 2 --rest-ms 0"
+    small = f"{more} --shrink 16 --device cpu".split()
+    bench.compare_builds.main(["one=", "two=,OMP_NUM_THREADS=1", *small])
+    out = capfd.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("qwen3")]
+    assert line.startswith("qwen3-30b-a3b 1:2:16 T=3 ")
+    assert next(cell for cell in line.split() if cell.endswith("x")) == "1.000x"
+    assert "bits" not in line  # the same results
+    with pytest.raises(RuntimeError, match=r"one: .* found 'half'"):
+        bench.compare_builds.main(["one=", *small, "--patterns", "half"])
+
+
+def test_what_a_build_is(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    build = bench.compare_builds.Build.parse("new=lib/x.so,A=1,B=")
+    assert build.name == "new"
+    assert build.variables == {"SAMOYEDS_HF_LIBRARY": "lib/x.so", "A": "1", "B": ""}
+    for text in ("x.so", "=x.so", "new=x.so,A"):
+        with pytest.raises(SystemExit):
+            bench.compare_builds.parse_args([text])
+        assert "a build is name=library[,VARIABLE=value...], found" in capsys.readouterr().err
+
+
 def test_every_expert_meets_as_many_tokens(bench: ModuleType) -> None:
     tokens = bench.products.Product.parse("64x5x128x3").random_tokens(CPU)
     assert tokens.top_k_index.flatten().bincount().tolist() == [5, 5, 5] == tokens.counts

@@ -92,6 +92,16 @@ class Clock:
                 times[i].append(time_us / len(steps))
         return [Turns(Time.of(times[i]), median_mhz(mhz[i])) for i in range(len(paths))]
 
+    def recorded(self, steps: Sequence[Run]) -> Callable[[], float]:
+        """A function that takes microseconds of a step, of one replay each time that it is called.
+
+        For turns of paths that are no longer in one process.
+        """
+        if self.device.type != "cuda":
+            return lambda: self._wall_clock([steps])[0].time.p50
+        graph = capture(steps)
+        return lambda: self._replay_us(graph) / len(steps)
+
     def kernels_in_turn(
         self, paths: Sequence[tuple[Sequence[Run], Sequence[str]]]
     ) -> list[Time | None]:
