@@ -8,11 +8,13 @@ same rows lie together.
 
 Held-out perplexity without and with, tests/assets/tiny-moe, ``best`` on 64 x 512 tokens: 1:2:64,
 three seeds, 18.04 and 17.70, 19.05 and 18.80, 18.96 and 18.58, in 95 instead of 83 s; 1:2:128, two
-seeds, 18.90 and 18.75, 20.59 and 20.20 (1 CPU core, commit 1594f00). By an older ``best``, two
-seeds, bits per byte: 1:2:32 0.978 and 0.970, 1.001 and 0.982, 1:2:128 1.017 and 1.002, but 1.027
-and 1.045 (commit a635da5). Two models of the laboratory, relative to dense: 1:2:32 1.148 and 1.140,
-1.158 and 1.151, 1:2:128 1.187 and 1.179, 1.204 and 1.195 (H200, 5dc1076 and 1ae9b06); distilled,
-1:2:128 1.043 and 1.041, 1.046 and 1.044, 1:2:32 1.040 and 1.040 (1594f00, 1ae9b06).
+seeds, 18.90 and 18.75, 20.59 and 20.20 (1 CPU core, commit 1594f00). One seed on other text, after
+block recovery: 1:2:32 15.71 and 15.51, 1:2:128 16.62 and 16.20, before it 18.71 and 18.17, 21.25
+and 20.93 (1ae9b06). By an older ``best``, two seeds, bits per byte: 1:2:32 0.978 and 0.970, 1.001
+and 0.982, 1:2:128 1.017 and 1.002, but 1.027 and 1.045 (a635da5). Two models of the laboratory,
+relative to dense: 1:2:32 1.148 and 1.140, 1.158 and 1.151, 1:2:128 1.187 and 1.179, 1.204 and 1.195
+(H200, 5dc1076 and 1ae9b06); distilled, 1:2:128 1.043 and 1.041, 1.046 and 1.044, 1:2:32 1.040 and
+1.040 (1594f00, 1ae9b06).
 """
 
 from __future__ import annotations
