@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -103,6 +104,60 @@ def test_the_lm_eval_command_has_its_test() -> None:
     tests = (REPOSITORY / "tests" / "test_evaluate.py").read_text(encoding="utf-8")
     assert "def test_the_unmodified_lm_eval_command_gives_the_same_numbers(" in tests
     assert '["--model_args", f"pretrained={sparse_dir}"' in tests
+
+
+# Of the accuracy tables: the seeds of a table's models in accuracy_lab_methods_h200.csv, and the
+# patterns of its columns there.
+MODELS = {"One-shot, one model": ("12",), "What goes further, two models": ("9", "11")}
+OTHER_MODEL = "9"  # of what is marked
+NOT_MEASURED = "\N{EN DASH}"
+PATTERNS = {"VENOM": "venom:64:2:8", "unstructured": "unstructured:0.75", "mixed,": "1:2:32"}
+
+
+def measured(command: str, column: str) -> tuple[str, ...]:
+    """Pattern, method, recovery and ideas of a table's cell."""
+    method, *options = command.strip("`").split(" --")
+    ideas = [option for option in options if option == "permute"]
+    ideas += ["uneven"] if column.startswith("mixed") else []
+    recovery = [option.split()[1] for option in options if option.startswith("recover ")]
+    methods = [method, *(option for option in options if option in ("refine", "asymmetric"))]
+    return (
+        PATTERNS.get(column.split(" ")[0], column),
+        "+".join(methods),
+        "".join(recovery) or "none",
+        "+".join(ideas) or "none",
+    )
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_accuracy_is_that_of_the_results(title: str) -> None:
+    results = REPOSITORY / "scripts" / "bench" / "results" / "accuracy_lab_methods_h200.csv"
+    with results.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["path"] == "masked"]
+    names = ("seed", "pattern", "method", "recovery", "ideas")
+    ratios = {tuple(row[name] for name in names): row["ratio"] for row in rows}
+    table = re.search(rf"^{title}.*?\n\n((?:\|[^\n]*\n)+)", README, re.M | re.S)
+    assert table
+    head, _, *lines = table[1].splitlines()
+    columns = [cell.strip() for cell in head.split("|")[2:-1]]
+    checked = 0
+    for line in lines:
+        command, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for column, cell in zip(columns, cells, strict=True):
+            if not command.startswith("`") or not cell:
+                continue
+            for seed, number in zip(MODELS[title], cell.split(" / "), strict=True):
+                shown = number.rstrip("*† ")
+                key = (OTHER_MODEL if "†" in number else seed, *measured(command, column))
+                if shown == NOT_MEASURED:
+                    assert key not in ratios, key
+                    continue
+                digits = len(shown.partition(".")[2])
+                assert float(shown) == pytest.approx(float(ratios[key]), abs=0.501 * 10**-digits), (
+                    key
+                )
+                checked += 1
+    assert checked > 30
 
 
 def test_nothing_is_left_to_fill_in() -> None:
