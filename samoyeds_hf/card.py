@@ -49,7 +49,7 @@ Samoyeds format, version {version}, by samoyeds-hf {package}.
 
 _HEADING = "## How it was pruned"
 _RECOVERIES = {
-    "block": "trained layer by layer towards the dense model's layers",
+    "block": "trained, whole layers one by one, towards the dense model's",
     "distill": "distilled from the dense model",
 }
 _MOST_NOTES = 20

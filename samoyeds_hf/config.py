@@ -41,8 +41,8 @@ class SamoyedsConfig(QuantizationConfigMixin):
             function of the dense model stays, the order of its weights does not.
         budget: the share of weights that ``--budget`` was asked to drop; what it chose is in
             ``overrides``.
-        recover: training after pruning, with the mask held: ``"block"``, each layer against the
-            dense one, ``"distill"``, the whole model against the dense one, or None.
+        recover: training after pruning, with the mask held: ``"block"``, all of each layer against
+            the dense one, ``"distill"``, the whole model against the dense one, or None.
         calibration: the text that methods other than magnitude learn from, or a mapping with the
             fields of :class:`~samoyeds_hf.pruning.calibration.Calibration`.
         modules: what becomes sparse, of ``"experts"`` and ``"shared_experts"``.
@@ -195,6 +195,14 @@ class SamoyedsConfig(QuantizationConfigMixin):
             "recover": self.recover,
             "calibration": data,
         }
+
+    @property
+    def trains_beside(self) -> str | None:
+        """What ``recover`` trains beside the pruned weights while they are pruned, for a report.
+
+        "layers": all weights of layers with pruned ones.
+        """
+        return "layers" if self.recover == "block" else None
 
     @property
     def is_calibrated(self) -> bool:

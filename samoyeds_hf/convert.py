@@ -254,7 +254,12 @@ def _finish(
         for entry in entries
     }
     ordered = tuple(by_name[name] for name in plan.patterns)
-    report = PatchReport(ordered, plan.selection.skipped, **plan.config.provenance())
+    report = PatchReport(
+        ordered,
+        plan.selection.skipped,
+        trained=plan.config.trains_beside,
+        **plan.config.provenance(),
+    )
     write_index(directory, plan.shards)
     found = {name: (t.dtype, t.shape) for name, t in read_checkpoint(directory).items()}
     wanted = {t.name: (t.dtype, t.shape) for shard in plan.shards for t in shard.tensors}

@@ -75,7 +75,8 @@ def patch_model(
         for assignment in selection.assignments:
             reports += _make_sparse(model, assignment, config.method)
     _mark_quantized(model, config)
-    return PatchReport(tuple(reports), selection.skipped, **config.provenance())
+    trained = config.trains_beside
+    return PatchReport(tuple(reports), selection.skipped, trained=trained, **config.provenance())
 
 
 def unpatch_model(model: PreTrainedModel) -> None:

@@ -222,7 +222,7 @@ def write_companions(
             "--overwrite."
         )
     config = work.config.replace(recover="distill")
-    report = _new_report(source, rows, config)
+    report = _new_report(source, rows, config, work.settings.train == "all")
     details = {
         "settings": asdict(work.settings),
         "calibration": work.calibration.to_dict(),
@@ -235,16 +235,20 @@ def write_companions(
     write_text(directory / "config.json", content + "\n")
 
 
-def _new_report(source: Path, rows: list[WeightReport], config: SamoyedsConfig) -> PatchReport:
+def _new_report(
+    source: Path, rows: list[WeightReport], config: SamoyedsConfig, trains_all: bool
+) -> PatchReport:
     """What the sparse checkpoint's report says, with the new errors; those of outputs are past."""
     if not (source / REPORT_FILE).exists():  # written by save_pretrained
-        return PatchReport(tuple(rows), (), **config.provenance())
+        trained = "all" if trains_all else None
+        return PatchReport(tuple(rows), (), trained=trained, **config.provenance())
     old = read_report(source)
+    trained = "all" if trains_all else old.trained
     by_name = {weight.name: weight for weight in old.weights}
     weights = tuple(
         replace(by_name.get(row.name, row), error=row.error, output_error=None) for row in rows
     )
-    return replace(old, weights=weights, recover=config.recover)
+    return replace(old, weights=weights, recover=config.recover, trained=trained)
 
 
 def _write_card(

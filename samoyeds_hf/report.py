@@ -61,6 +61,7 @@ class PatchReport:
     asymmetric: bool = False
     permute: bool = False
     recover: str | None = None
+    trained: str | None = None  # beside pruned weights: "layers", all of theirs; "all"; or nothing
     calibration: dict[str, Any] | None = None  # Calibration.to_dict(), without a path
 
     @property

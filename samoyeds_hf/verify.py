@@ -17,8 +17,9 @@ from samoyeds_hf.experts import build_sparse
 from samoyeds_hf.format import SUFFIXES, SparseWeight, decode, validate
 from samoyeds_hf.metrics import relative, squared_error
 from samoyeds_hf.pattern import SparsityPattern
+from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.report import format_table
-from samoyeds_hf.report_files import read_distillation
+from samoyeds_hf.report_files import read_distillation, read_report
 from samoyeds_hf.selection import select
 from samoyeds_hf.shards import ShardWriter, TensorSpec, disk_errors, plan_shards, write_index
 from samoyeds_hf.skeleton import load_config, meta_model, read_config
@@ -93,7 +94,7 @@ class CheckReport:
     rows: tuple[tuple[str, str, str, float | None], ...]  # name, shape, pattern, error
     num_copied: int
     changed: tuple[str, ...]  # tensors that should equal the source's and do not
-    trained: int = 0  # how many others do not, as distillation trained all weights
+    trained: int = 0  # how many others do not, as recovery trained more than the sparse weights
 
     def __str__(self) -> str:
         head: tuple[str, ...] = ("weight", "dense shape", "pattern")
@@ -154,13 +155,19 @@ def check_checkpoint(
 
 
 def _trained(checkpoint: SparseCheckpoint) -> set[str]:
-    """What distillation may have trained beside the sparse weights: parameters, never buffers."""
+    """What recovery may have trained beside the sparse weights: parameters, never buffers."""
     if not (checkpoint.directory / REPORT_FILE).is_file():  # written by save_pretrained
         return set()
-    settings = read_distillation(checkpoint.directory).get("settings", {})
-    if settings.get("train") != "all":
+    trained = read_report(checkpoint.directory).trained
+    distilled = read_distillation(checkpoint.directory).get("settings", {})
+    names = {name for name, _ in checkpoint.model.named_parameters(remove_duplicate=False)}
+    if trained == "all" or distilled.get("train") == "all":
+        return names
+    if trained != "layers":
         return set()
-    return {name for name, _ in checkpoint.model.named_parameters(remove_duplicate=False)}
+    decoder = Decoder.find(checkpoint.model, checkpoint.patterns)
+    pruned = {decoder.layer_of(name) for name in checkpoint.patterns}
+    return {name for name in names if decoder.layer_of(name) in pruned}
 
 
 def export_dense(

@@ -115,6 +115,44 @@ def test_recovery_is_the_plain_loop() -> None:
         torch.testing.assert_close(found, weight, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_what_has_no_mask_is_trained_too(name: str) -> None:
+    """All of the layer, at a tenth of the rate, by the plain loop."""
+    case, twin = Layer(name), Layer(name)
+    for layer in (case, twin):
+        for n, parameter in layer.layer.named_parameters(prefix="model.layers.1"):
+            layer.weights.setdefault(n, (parameter, None))
+    original = copy.deepcopy(case.layer)
+    settings = BlockSettings(steps=3, learning_rate=1e-3, held_back=0.5)
+    report = case.recover(settings)
+    assert report.kept
+    weights = {name: weight for name, (weight, _) in twin.weights.items()}
+    masks = {name: mask for name, (_, mask) in twin.weights.items() if mask is not None}
+    widest = max(weight.shape[-1] for weight in weights.values())
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    optimizer = PlainCautiousAdam(weights, masks)
+    for step in range(3):
+        twin.loss(int(pick(step, 1, 3, seed=0))).backward()
+        for n, weight in weights.items():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad *= masks.get(n, torch.ones_like(weight, dtype=torch.bool))
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        rate = 1e-3 * schedule(step, 3, settings.warmup)
+        widths = {n: w.shape[-1] if w.ndim > 1 else widest for n, w in weights.items()}
+        shares = {n: 1.0 if n in masks else 0.1 for n in weights}
+        optimizer.step({n: rate * shares[n] * 1024 / widths[n] for n in weights})
+    for n, weight in weights.items():
+        torch.testing.assert_close(case.weights[n][0], weight, atol=2e-4, rtol=0)
+    changed = [
+        n for n, p in case.layer.named_parameters() if not torch.equal(p, original.get_parameter(n))
+    ]
+    assert any("attn" in n for n in changed)
+    assert any("norm" in n for n in changed)
+    assert any("gate.weight" in n for n in changed)
+    assert not any(parameter.grad is not None for parameter in case.layer.parameters())
+
+
 def test_what_got_worse_is_thrown_away() -> None:
     case = Layer("mixtral")
     original = copy.deepcopy(case.layer)
@@ -190,6 +228,7 @@ def test_tokens_count_by_their_own_size() -> None:
         ({"held_back": 1.0}, "held_back"),
         ({"held_back": "some"}, "held_back"),
         ({"seed": 0.5}, "seed"),
+        ({"train": "router"}, "train"),
     ],
 )
 def test_layer_settings_that_cannot_be(settings: dict[str, Any], part: str) -> None:

@@ -359,8 +359,8 @@ def test_command_draws(report: PatchReport, figures: list[Any], tmp_path: Path) 
 def test_card_says_how_a_calibrated_checkpoint_was_made(report: PatchReport) -> None:
     section = pruning_section(report, "mine", "org/dense")
     assert section.splitlines()[2:-3] == [
-        "- method: `admm`, refined by least squares on the weights that are kept, then trained "
-        "layer by layer towards the dense model's layers with the mask held (`block`)",
+        "- method: `admm`, refined by least squares on the weights that are kept, then trained, "
+        "whole layers one by one, towards the dense model's with the mask held (`block`)",
         "- calibration: 64 x 512 tokens of novels.txt, seed 3",
         f"- sha256 of the calibration tokens: `{DIGEST}`",
         "- calibration tokens of an expert: 17 at least, 700 median",

@@ -159,6 +159,7 @@ class LayerPruner:
         team: Team,
         dense: DenseInputs | None = None,
     ) -> None:
+        self.layer, self.path = layer, path
         self.settings, self.run, self.team, self.dense = settings, run, team, dense
         weights = [find_weight(layer, path, name, pattern) for name, pattern in patterns.items()]
         self.first = [weight for weight in weights if not reads_intermediate(weight.name)]
@@ -182,10 +183,17 @@ class LayerPruner:
                 self.run()
         return pruned + [self._prune(weight, linears) for weight in self.second]
 
-    def trainable(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
-        """Parameters and masks of what was pruned, by full name."""
-        weights = (*self.first, *self.second)
-        return {weight.name: (weight.parameter, self.pruned[weight.name]) for weight in weights}
+    def trainable(self, whole: bool) -> dict[str, tuple[nn.Parameter, torch.Tensor | None]]:
+        """Parameters and masks of what was pruned, by full name; ``whole``: and all others."""
+        found: dict[str, tuple[nn.Parameter, torch.Tensor | None]] = {
+            weight.name: (weight.parameter, self.pruned[weight.name])
+            for weight in (*self.first, *self.second)
+        }
+        if whole:
+            for name, parameter in self.layer.named_parameters(prefix=self.path):
+                if parameter.is_floating_point():
+                    found.setdefault(name, (parameter, None))
+        return found
 
     def measured_again(self, pruned: PrunedWeight) -> PrunedWeight:
         """The same after recovery has changed the weights."""

@@ -1,9 +1,10 @@
-"""Recovery of one decoder layer: its surviving expert weights learn the dense layer's output.
+"""Recovery of one decoder layer: what is left of it learns the dense layer's output.
 
-Cautious Adam on fp32 masters of what the masks keep, towards given outputs, on given inputs: the
-layer alone runs, so it fits where pruning fits. Bytes a weight beside the layer's own: 20 times the
-share kept (see :mod:`samoyeds_hf.pruning.masters`) and 4 more for what was there before, and the
-dense gradient of one weight at a time.
+Cautious Adam on fp32 masters of what the masks keep, and of all that has no mask, towards given
+outputs, on given inputs: the layer alone runs, so it fits where pruning fits. Bytes a weight beside
+the layer's own: 24 times the share kept, all where there is no mask (20 as in
+:mod:`samoyeds_hf.pruning.masters`, 4 for what was there before), and the dense gradient of one
+weight at a time.
 
 More passes over the same text bring each layer nearer to its targets and, from some number on, the
 model further from the dense one. On tests/assets/tiny-moe (``best``, 1:2:32, one seed; KL on 65,536
@@ -30,14 +31,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from samoyeds_hf.errors import CalibrationError
+from samoyeds_hf.errors import CalibrationError, ConfigError
+from samoyeds_hf.pruning.distill_settings import TRAINED
 from samoyeds_hf.pruning.losses import relative_errors
 from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
 from samoyeds_hf.pruning.training import Log, check_count, check_number, pick, schedule
 
 _MAX_NORM = 1.0  # of a step's gradient
 _PASSES = 14
-BLOCK_RECOVERY = f"{OPTIMIZER}, {_PASSES} passes"  # of a conversion, which has no settings for it
+BLOCK_RECOVERY = (
+    f"{OPTIMIZER}, {_PASSES} passes, whole layers"  # of a conversion, which has no settings for it
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class BlockSettings:
         learning_rate: the peak, for weights with 1024 inputs; see :meth:`Masters.step`.
         warmup: share of the steps in which the learning rate rises.
         held_back: share of the batches, at least one, that only measure.
+        train: "all", also the layer's router, norms, attention and dense experts; or "experts", the
+            masked weights alone.
         seed: of the order of the batches.
 
     Raises:
@@ -59,6 +65,7 @@ class BlockSettings:
     learning_rate: float = 1e-3
     warmup: float = 0.1
     held_back: float = 0.125
+    train: str = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +75,8 @@ class BlockSettings:
         check_number("warmup", self.warmup, 0, 1, or_low=True)
         check_number("held_back", self.held_back, 0, 1, or_low=True)
         check_count("seed", self.seed, 0)
+        if self.train not in TRAINED:
+            raise ConfigError(f"train must be one of {list(TRAINED)}, found {self.train!r}.")
 
     def num_trained(self, batches: int) -> int:
         """How many of so many batches, two or more, are not held back."""
@@ -93,11 +102,11 @@ def recover_block(
     run: Callable[[torch.Tensor], torch.Tensor],
     inputs: Sequence[torch.Tensor],  # batches [B, S, H]
     targets: Sequence[torch.Tensor],  # batches [B, S, H]
-    weights: Mapping[str, tuple[nn.Parameter, torch.Tensor]],
+    weights: Mapping[str, tuple[nn.Parameter, torch.Tensor | None]],
     settings: BlockSettings | None = None,
     log: Log | None = None,
 ) -> BlockReport:
-    """Train the pruned weights of a layer in place, their masks held.
+    """Train weights of a pruned layer in place, their masks held.
 
     The loss is the squared error of a token's output relative to the square of its target, averaged
     over tokens: the next layer normalises each token, and a few tokens are far larger than the
@@ -108,7 +117,8 @@ def recover_block(
         run: the layer's output for one batch of inputs, on the layer's device.
         inputs: what the layer gets in the pruned model; may be on the CPU.
         targets: what it should make of them.
-        weights: parameters of the layer to train and their masks (bool), by name.
+        weights: parameters of the layer to train by name, each with its mask (bool) or None;
+            ``settings.train`` is about which a walk gives.
         settings: how; None is the default.
         log: is told of each step: step, loss, learning_rate.
 
@@ -126,7 +136,7 @@ def recover_block(
     count = settings.num_trained(len(inputs))
     masters = Masters(
         {name: weight for name, (weight, _) in weights.items()},
-        {name: mask for name, (_, mask) in weights.items()},
+        {name: mask for name, (_, mask) in weights.items() if mask is not None},
     )
     device = next(iter(masters.weights.values())).device
 

@@ -186,7 +186,7 @@ class Walk:
     def _recover(
         self, index: int, layer: nn.Module, pruner: LayerPruner, targets: list[torch.Tensor]
     ) -> None:
-        """Train what was kept towards the dense layer's outputs; one process does it for all."""
+        """Train what is left towards the dense layer's outputs; one process does it for all."""
         pairs = list(zip(self.hidden, self.calls, strict=True))
         by_size = {hidden.shape[0]: calls for hidden, calls in pairs}
         if any(by_size[h.shape[0]] is not c for h, c in pairs):
@@ -201,7 +201,7 @@ class Walk:
         settings, log = self.settings.block, None
         if settings is not None and self.log is not None:
             log = partial(_log_step, self.log, index, settings.num_steps(len(self.hidden)))
-        weights = pruner.trainable()
+        weights = pruner.trainable(settings is None or settings.train == "all")
         if self.team.leads:
             recover_block(layer, run, self.hidden, targets, weights, settings, log)
         for parameter, _ in weights.values():
