@@ -17,15 +17,19 @@ from samoyeds_hf.models import reads_intermediate
 from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.pruning.memory import peak_memory
 from samoyeds_hf.pruning.operations import operations
+from samoyeds_hf.pruning.recover import PASSES
 from samoyeds_hf.report import format_bytes
 
 if TYPE_CHECKING:
     from samoyeds_hf.plan import ConversionPlan
     from samoyeds_hf.pruning.layer import PruneSettings
+    from samoyeds_hf.pruning.recover import BlockSettings
 
 # Names, in configurations of transformers, of the number of experts that a token meets.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
 _PASSES = 2  # of all tokens through a layer, and one more for each stream of hidden states
+_BACK = 3  # of a pass forward and back, to a pass forward
+_TRAINED_BYTES = 24  # of a weight that recovery by layers trains, see recover.py
 _SIZE_ON_CPU, _SIZE_ON_GPU = 1024, 4096  # of the product that is timed
 
 
@@ -36,7 +40,7 @@ class Cost:
     device: torch.device
     operations: float  # multiplications and additions
     rate: float  # of them a second
-    device_bytes: int  # one layer, its masks, moments, temporaries and activations
+    device_bytes: int  # one layer, its masks, and the more of pruning and recovery by layers
     host_bytes: int  # hidden states, and what experts were called with
 
     @property
@@ -63,6 +67,7 @@ class _Weight:
     k: int
     tokens: float  # rows of input that its experts see together
     num_bytes: int
+    kept: float  # share that is not pruned
     is_pruned: bool
     makes_up: bool  # for what the residual stream lacks: down of fused experts
 
@@ -118,9 +123,10 @@ def _weights_by_layer(
             experts = spec.shape[0] if is_stacked else 1
             seen = num_tokens * (min(top_k, experts) if is_stacked else 1)
             *_, rows, k = spec.shape
-            is_pruned = name in plan.patterns
+            pattern = plan.patterns.get(name)
+            is_pruned, kept = pattern is not None, pattern.density if pattern else 1.0
             makes_up = is_pruned and is_stacked and reads_intermediate(name)
-            weight = _Weight(experts, rows, k, seen, spec.num_bytes, is_pruned, makes_up)
+            weight = _Weight(experts, rows, k, seen, spec.num_bytes, kept, is_pruned, makes_up)
             layers.setdefault(index, []).append(weight)
     return layers
 
@@ -129,6 +135,8 @@ def _operations(weight: _Weight, settings: PruneSettings) -> float:
     streams = 2 if settings.follows_dense else 1
     one_pass = 2 * weight.tokens * weight.rows * weight.k
     forward = (_PASSES + streams) * one_pass
+    if settings.block is not None:
+        forward += PASSES * (1 - settings.block.held_back) * _BACK * one_pass
     if not weight.is_pruned:
         return forward
     moments = 2 * weight.tokens * weight.k**2 * streams
@@ -142,7 +150,9 @@ def _operations(weight: _Weight, settings: PruneSettings) -> float:
 
 
 def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
-    """One layer, the masks of its experts, the moments and temporaries of one weight."""
+    """One layer, the masks of its experts, and the moments and temporaries of one weight or what
+    recovery trains, without activations.
+    """
     held = sum(w.num_bytes for w in weights)
     held += sum(w.experts * w.rows * w.k for w in weights if w.is_pruned)
     if settings.follows_dense:  # dense gate and up stay until down is pruned
@@ -158,7 +168,16 @@ def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
                 moments += 4 * group * weight.k * weight.rows * weight.makes_up
             one = peak_memory(1, weight.rows, weight.k, settings.method, settings.refine)
             work.append(moments + one)
+    if settings.block is not None:
+        work.append(_recovery_bytes(weights, settings.block))
     return held + max(work, default=0)
+
+
+def _recovery_bytes(weights: list[_Weight], settings: BlockSettings) -> int:
+    """Masters, their gradients, moments and places, and the dense gradient of one weight."""
+    trained = [w for w in weights if w.is_pruned or settings.train == "all"]
+    kept = sum(w.kept * w.experts * w.rows * w.k for w in trained)
+    return int(_TRAINED_BYTES * kept) + max(w.num_bytes for w in trained)
 
 
 def _duration(seconds: float) -> str:

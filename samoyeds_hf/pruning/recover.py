@@ -38,9 +38,9 @@ from samoyeds_hf.pruning.masters import OPTIMIZER, Masters, make_optimizer
 from samoyeds_hf.pruning.training import Log, check_count, check_number, pick, schedule
 
 _MAX_NORM = 1.0  # of a step's gradient
-_PASSES = 14
+PASSES = 14  # over what is trained on, where no number of steps is given
 BLOCK_RECOVERY = (
-    f"{OPTIMIZER}, {_PASSES} passes, whole layers"  # of a conversion, which has no settings for it
+    f"{OPTIMIZER}, {PASSES} passes, whole layers"  # of a conversion, which has no settings for it
 )
 
 
@@ -84,7 +84,7 @@ class BlockSettings:
 
     def num_steps(self, batches: int) -> int:
         """Of a layer with so many batches, those held back among them."""
-        return _PASSES * self.num_trained(batches) if self.steps is None else self.steps
+        return PASSES * self.num_trained(batches) if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
