@@ -429,6 +429,8 @@ def test_pipeline(
         if pattern != "dense" and row["path"] == "masked":
             assert 0.2 < float(row["kept"]) <= 0.25
             assert (row["recover_tokens"] != "") == recovery.startswith("distill")
+    assert found["1:2:32", "block", "masked"]["block"] == "14 passes, all"
+    assert found["1:2:32", "distill", "masked"]["block"] == ""
     once, twice = (found["1:2:32", name, "masked"] for name in ("distill", "distill-twice"))
     assert once["recover_tokens"] == twice["recover_tokens"]
     steps = [int(row["distill"].partition(" ")[0]) for row in (once, twice)]

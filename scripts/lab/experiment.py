@@ -20,6 +20,7 @@ from samoyeds_hf import SamoyedsConfig, SparsityPattern, patch_model
 from samoyeds_hf.pruning.distill import distill
 from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
+from samoyeds_hf.pruning.recover import PASSES as PASSES_OF_BLOCKS
 from samoyeds_hf.pruning.recover import BlockSettings
 from samoyeds_hf.pruning.walk import prune_model
 from samoyeds_hf.selection import select
@@ -84,6 +85,8 @@ class Laboratory:
             return {**self._evaluate(self.dense), "seconds": f"{self._since(start):.2f}"}
         sparse = self._pruned(cell)
         model, values = sparse.model, self._about(sparse)
+        if BLOCK in cell.steps:
+            values["block"] = f"{PASSES_OF_BLOCKS} passes, {self._block.train}"
         for step in cell.steps:
             if step in PASSES:
                 model, columns = self._distilled(sparse, PASSES[step])
@@ -117,6 +120,10 @@ class Laboratory:
             sum(len(weight.notes) for weight in weights),
         )
 
+    @property
+    def _block(self) -> BlockSettings:
+        return BlockSettings(seed=self.settings.seed)
+
     def _settings(
         self, method: str, *, permute: bool = False, block: bool = False
     ) -> PruneSettings:
@@ -126,7 +133,7 @@ class Laboratory:
             refine="refine" in more,
             asymmetric="asymmetric" in more,
             batch_size=self.settings.batch,
-            block=BlockSettings(seed=self.settings.seed) if block else None,
+            block=self._block if block else None,
             permute=permute,
         )
 
