@@ -18,7 +18,10 @@ calibration   batches  passes    3.6      7     14     29
 256 x 512     8 x 32   KL                    0.444
 ============  =======  ======  =====  =====  =====  =====
 
-With 14 passes in the first row, half the rate (0.498) and twice the rate (0.513) are worse.
+With 14 passes in the first row, half the rate (0.498) and twice the rate (0.513) are worse. All
+that is of the pruned weights alone. On another text (64 x 512, 14 passes, one seed) they end at
+0.558, and whole layers at 0.524, with three times the rate for what has no mask also at 0.524, in
+the same time (320 s on a core; 92da548). Perplexity at 1:2:64 was 16.9 (5650b6b) and is 16.3.
 """
 
 from __future__ import annotations
