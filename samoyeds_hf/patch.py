@@ -36,7 +36,8 @@ def patch_model(
     Afterwards ``generate`` and ``save_pretrained`` work as before; a saved model loads with
     ``from_pretrained``. Everything is checked before the first module is replaced. With a method
     that looks at data it goes layer by layer; should data turn out unusable on the way (an input
-    that is not finite), the layers before are sparse already.
+    that is not finite), the layers before are sparse already. ``recover="block"`` also trains what
+    is not pruned in a layer, which :func:`unpatch_model` does not undo.
 
     Args:
         model: a model of transformers with its weights in memory, on any device.
