@@ -12,8 +12,7 @@ import pytest
 import torch
 from checkpoints import load
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTRAL, PATTERN, same_state
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import MIXTRAL, PATTERN, make_without_experts, same_state
 
 import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig
@@ -256,14 +255,7 @@ def test_pattern_for_a_sparse_checkpoint_is_not_taken(saved: Any) -> None:
 
 
 def test_model_without_experts(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_without_experts().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="found none in LlamaForCausalLM"):
         load(tmp_path, quantization_config=CONFIG)
 

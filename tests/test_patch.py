@@ -26,13 +26,14 @@ from tiny_models import (
     Family,
     logits,
     make_toy,
+    make_without_experts,
     masked_twin,
     same_state,
     to_dtype,
     tokens,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, QuantoConfig
+from transformers import PreTrainedModel, QuantoConfig
 
 import samoyeds_hf
 from samoyeds_hf import SamoyedsConfig, SamoyedsExperts, SparsityPattern
@@ -520,14 +521,5 @@ def test_not_a_model_of_transformers() -> None:
 
 
 def test_dense_model_is_refused() -> None:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
     with pytest.raises(UnsupportedModelError, match="found none in LlamaForCausalLM"):
-        samoyeds_hf.patch_model(AutoModelForCausalLM.from_config(config))
+        samoyeds_hf.patch_model(make_without_experts())

@@ -353,6 +353,18 @@ class ToyModel(PreTrainedModel):
         return CausalLMOutput(logits=self.head(x))
 
 
+def make_without_experts() -> PreTrainedModel:
+    """A dense Llama."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def make_toy(**settings: Any) -> ToyModel:
     torch.manual_seed(0)
     model = ToyModel(ToyConfig(**settings))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
 _PASSES = 2  # of all tokens through a layer, and one more for each stream of hidden states
 _BACK = 3  # of a pass forward and back, to a pass forward
-_TRAINED_BYTES = 24  # of a weight that recovery by layers trains, see recover.py
+_MASKED_BYTES, _WHOLE_BYTES = 24, 20  # of an element that recovery by layers trains, see recover.py
 _SIZE_ON_CPU, _SIZE_ON_GPU = 1024, 4096  # of the product that is timed
 
 
@@ -174,10 +174,13 @@ def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
 
 
 def _recovery_bytes(weights: list[_Weight], settings: BlockSettings) -> int:
-    """Masters, their gradients, moments and places, and the dense gradient of one weight."""
+    """Masters with gradients, moments and places, what was there before, and one dense gradient."""
     trained = [w for w in weights if w.is_pruned or settings.train == "all"]
-    kept = sum(w.kept * w.experts * w.rows * w.k for w in trained)
-    return int(_TRAINED_BYTES * kept) + max(w.num_bytes for w in trained)
+    training = sum(
+        (_MASKED_BYTES if w.is_pruned else _WHOLE_BYTES) * w.kept * w.experts * w.rows * w.k
+        for w in trained
+    )
+    return int(training) + max(w.num_bytes for w in trained)
 
 
 def _duration(seconds: float) -> str:

@@ -2,9 +2,9 @@
 
 Cautious Adam on fp32 masters of what the masks keep, and of all that has no mask, towards given
 outputs, on given inputs: the layer alone runs, so it fits where pruning fits. Bytes a weight beside
-the layer's own: 24 times the share kept, all where there is no mask (20 as in
-:mod:`samoyeds_hf.pruning.masters`, 4 for what was there before), and the dense gradient of one
-weight at a time.
+the layer's own: 24 times the share kept, and 20 where there is no mask and so no places (20 and 16
+as in :mod:`samoyeds_hf.pruning.masters`, 4 for what was there before); and the dense gradient of
+one weight at a time.
 
 More passes over the same text bring each layer nearer to its targets and, from some number on, the
 model further from the dense one. On tests/assets/tiny-moe (``best``, 1:2:32, one seed; KL on 65,536

@@ -7,7 +7,7 @@ A build is a name, a library, and variables that are set where it runs. Each one
 its own with the same layers, tokens and routing; the processes take turns, a replay each after the
 same rest (scripts/bench/timing.py), in an order that changes, so that all of them meet the same
 card: one that follows another on a warm card takes 2 to 4 % longer. Medians, and how many times as
-long as the first. `bits`: whether results are those of the first, to the bit.
+long as the first. `bits` marks a build whose results are not those of the first, to the bit.
 
 Nothing is written: what is committed comes from bench_experts.py and bench_ssmm.py. On a CPU
 (--device cpu --shrink 16) plain torch runs, to try the script.
