@@ -11,8 +11,7 @@ constexpr int kCombineThreads = 256;
 template <typename Row>
 constexpr int kWide = 16 / static_cast<int>(sizeof(Row));  // columns of one 16-byte load
 
-__device__ bool belongs_here(const std::int64_t* top_k_index, int pair, int num_experts) {
-  const std::int64_t expert = top_k_index[pair];
+__device__ bool is_expert(std::int64_t expert, int num_experts) {
   return expert >= 0 && expert < num_experts;
 }
 
@@ -23,14 +22,20 @@ __device__ __forceinline__ float widen(T x) {
   if constexpr (std::is_same_v<T, __half>) return __half2float(x);
 }
 
-__device__ float routing_weight(const Combine& args, int pair) {
+// A routing weight as it lies in memory, so that several can be on the way, and what it is worth.
+__device__ std::uint32_t weight_bits(const Combine& args, int pair) {
+  return args.weights_dtype == SAMOYEDS_FP32
+             ? static_cast<const std::uint32_t*>(args.top_k_weights)[pair]
+             : static_cast<const std::uint16_t*>(args.top_k_weights)[pair];
+}
+__device__ float weight_of(const Combine& args, std::uint32_t bits) {
   switch (args.weights_dtype) {
     case SAMOYEDS_BF16:
-      return widen(static_cast<const __nv_bfloat16*>(args.top_k_weights)[pair]);
+      return __uint_as_float(bits << 16);
     case SAMOYEDS_FP16:
-      return widen(static_cast<const __half*>(args.top_k_weights)[pair]);
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
     default:
-      return static_cast<const float*>(args.top_k_weights)[pair];
+      return __uint_as_float(bits);
   }
 }
 
@@ -43,50 +48,65 @@ struct alignas(sizeof(T) * kWidth) Vector {
 // choice over the parts of k in order, all in fp32.
 template <typename T, typename Row, int kWidth>
 __global__ void combine_kernel(Combine args) {
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
   const int per_token = args.columns / kWidth;
   const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (number >= static_cast<std::int64_t>(args.num_tokens) * per_token) return;
+  const bool is_token = number < static_cast<std::int64_t>(args.num_tokens) * per_token;
   const int token = static_cast<int>(number / per_token);
   const int column = static_cast<int>(number % per_token) * kWidth;
   const std::int64_t plane = static_cast<std::int64_t>(args.num_tokens) * args.top_k * args.columns;
-  float total[kWidth] = {};
-  // Several choices at a time, so that their rows are on the way together.
-  constexpr int kAtOnce = 4;
-  for (int first = 0; first < args.top_k; first += kAtOnce) {
-    float weight[kAtOnce], sum[kAtOnce][kWidth];
-    bool is_here[kAtOnce];
+  const int splits = std::is_same_v<Row, float> ? args.splits : 1;  // others are whole sums
+  // Several parts at a time, so that what is read of them is on the way together.
+  constexpr int kAtOnce = 8;
+  float weight[kAtOnce];
+  bool is_here[kAtOnce], is_last[kAtOnce];  // of its choice
+  const Row* from[kAtOnce];
+  int choice = 0, split = 0;
+  const auto look_up = [&] {
+    std::uint32_t bits[kAtOnce];
+    std::int64_t expert[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int pair = token * args.top_k + first + i;
-      is_here[i] = first + i < args.top_k && belongs_here(args.top_k_index, pair, args.num_experts);
-      weight[i] = is_here[i] ? routing_weight(args, pair) : 0.f;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum[i][j] = 0.f;
-    }
-    for (int split = 0; split < args.splits; ++split) {
-      Vector<Row, kWidth> part[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!is_here[i]) continue;
-        const std::int64_t pair = token * args.top_k + first + i;
-        part[i] = *reinterpret_cast<const Vector<Row, kWidth>*>(
-            static_cast<const Row*>(args.rows) + split * plane + pair * args.columns + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int j = 0; j < kWidth && is_here[i]; ++j) sum[i][j] += widen(part[i].at[j]);
-      }
+      const bool is_part = is_token && choice < args.top_k;
+      const int pair = token * args.top_k + choice;
+      bits[i] = is_part ? weight_bits(args, pair) : 0;
+      expert[i] = is_part ? args.top_k_index[pair] : -1;
+      from[i] = static_cast<const Row*>(args.rows) + split * plane +
+                static_cast<std::int64_t>(pair) * args.columns + column;
+      is_last[i] = ++split == splits;
+      choice += is_last[i] ? 1 : 0;
+      split = is_last[i] ? 0 : split;
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      weight[i] = weight_of(args, bits[i]);
+      is_here[i] = is_expert(expert[i], args.num_experts);
+    }
+  };
+  look_up();  // the rows alone are of the kernel before
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  if (!is_token) return;
+  float total[kWidth] = {}, sum[kWidth] = {};
+#pragma unroll 1
+  while (true) {
+    Vector<Row, kWidth> part[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kWidth && is_here[i]; ++j) {
-        total[j] = fmaf(weight[i], sum[i][j], total[j]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      part[i] = {};
+      if (is_here[i]) part[i] = *reinterpret_cast<const Vector<Row, kWidth>*>(from[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        sum[j] += widen(part[i].at[j]);
+        if (!is_last[i]) continue;
+        total[j] = is_here[i] ? fmaf(weight[i], sum[j], total[j]) : total[j];
+        sum[j] = 0.f;
       }
     }
+    if (choice >= args.top_k) break;
+    look_up();
   }
   Vector<T, kWidth> result;
 #pragma unroll
@@ -96,15 +116,15 @@ __global__ void combine_kernel(Combine args) {
       result;
 }
 
-// The same from panels: a thread sums the 8 columns of a chunk, in several panels. Thread blocks
-// take neighbouring tokens, whose rows of one expert are neighbours too.
-constexpr int kPanelsAtOnce = 2, kPanelThreads = 128, kPanelBlocks = 8;  // of an SM
+// The same from panels: a thread sums the 8 columns of a chunk, in several panels, and has the
+// loads of several choices in flight. Thread blocks take neighbouring tokens, whose rows of one
+// expert are neighbours too.
+constexpr int kPanelsAtOnce = 2, kChoicesAtOnce = 4;
+constexpr int kPanelThreads = 128, kPanelBlocks = 8;  // of an SM
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
 __global__ void __launch_bounds__(kPanelThreads, kPanelBlocks) combine_panels_kernel(Combine args) {
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
   const int chunk = threadIdx.x % kPanelChunks, first_panel = blockIdx.y * kPanelsAtOnce;
   const int token = blockIdx.x * (kPanelThreads / kPanelChunks) + threadIdx.x / kPanelChunks;
   const int last_panel = min(first_panel + kPanelsAtOnce, args.columns / kPanelCols);
@@ -112,27 +132,46 @@ __global__ void __launch_bounds__(kPanelThreads, kPanelBlocks) combine_panels_ke
   const std::int64_t stride = panel_offset(1, args.max_places, 0);
   float total[kPanelsAtOnce][kChunkCols] = {};
   // The eight threads of a token look up a choice each.
-  constexpr int kAtOnce = kPanelChunks;
-  for (int first = 0; first < args.top_k; first += kAtOnce) {
+  constexpr int kLookedUp = kPanelChunks;
+  static_assert(kLookedUp % kChoicesAtOnce == 0, "a token's choices are looked up together");
+  for (int first = 0; first < args.top_k; first += kLookedUp) {
     const int pair = token * args.top_k + first + chunk;
     const int own_place = first + chunk < args.top_k && is_token ? args.places[pair] : kNoPlace;
-    const float own_weight = own_place == kNoPlace ? 0.f : routing_weight(args, pair);
+    const float own_weight = own_place == kNoPlace ? 0.f : weight_of(args, weight_bits(args, pair));
+    const int num_choices = min(kLookedUp, args.top_k - first);
+    if (first == 0) {
+      ptx::wait_for_previous_kernel();  // of it, the rows alone are
+      ptx::let_next_kernel_start();
+    }
+#pragma unroll 1
+    for (int k = 0; k < num_choices; k += kChoicesAtOnce) {
+      uint4 parts[kChoicesAtOnce][kPanelsAtOnce];
+      float weight[kChoicesAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int place = __shfl_sync(kAllLanes, own_place, k, kAtOnce);
-      const float weight = __shfl_sync(kAllLanes, own_weight, k, kAtOnce);
-      if (place == kNoPlace) continue;
-      const std::uint8_t* from = static_cast<const std::uint8_t*>(args.rows) +
-                                 panel_offset(first_panel, args.max_places, place) +
-                                 swizzled_chunk(place, chunk);
+      for (int c = 0; c < kChoicesAtOnce; ++c) {
+        const int place = __shfl_sync(kAllLanes, own_place, k + c, kLookedUp);
+        weight[c] = __shfl_sync(kAllLanes, own_weight, k + c, kLookedUp);
+        const std::uint8_t* from = static_cast<const std::uint8_t*>(args.rows) +
+                                   panel_offset(first_panel, args.max_places, place) +
+                                   swizzled_chunk(place, chunk);
 #pragma unroll
-      for (int i = 0; i < kPanelsAtOnce; ++i) {
-        if (first_panel + i >= last_panel) continue;
-        Vector<T, kChunkCols> part;
-        *reinterpret_cast<uint4*>(&part) = ptx::load_once(from + i * stride);
+        for (int i = 0; i < kPanelsAtOnce; ++i) {
+          parts[c][i] = {};
+          if (place != kNoPlace && first_panel + i < last_panel) {
+            parts[c][i] = ptx::load_once(from + i * stride);
+          }
+        }
+      }
 #pragma unroll
-        for (int j = 0; j < kChunkCols; ++j) {
-          total[i][j] = fmaf(weight, widen(part.at[j]), total[i][j]);
+      for (int c = 0; c < kChoicesAtOnce; ++c) {
+#pragma unroll
+        for (int i = 0; i < kPanelsAtOnce; ++i) {
+          Vector<T, kChunkCols> part;
+          *reinterpret_cast<uint4*>(&part) = parts[c][i];
+#pragma unroll
+          for (int j = 0; j < kChunkCols; ++j) {
+            total[i][j] = fmaf(weight[c], widen(part.at[j]), total[i][j]);
+          }
         }
       }
     }
@@ -163,7 +202,7 @@ __global__ void gate_kernel(const std::int64_t* top_k_index, int num_pairs, int 
   if (number >= static_cast<std::int64_t>(num_pairs) * inner_size) return;
   const int pair = static_cast<int>(number / inner_size);
   // Rows without an expert were never written.
-  if (!belongs_here(top_k_index, pair, num_experts)) return;
+  if (!is_expert(top_k_index[pair], num_experts)) return;
   const T* row = both + static_cast<std::int64_t>(pair) * inner_size * 2 + number % inner_size;
   inner[number] = narrow<T>(silu(widen(row[0])) * widen(row[inner_size]));
 }
@@ -171,7 +210,7 @@ __global__ void gate_kernel(const std::int64_t* top_k_index, int num_pairs, int 
 __global__ void clear_kernel(const std::int64_t* top_k_index, int num_pairs, int num_experts,
                              std::int64_t row_bytes, std::uint8_t* out) {
   for (int pair = blockIdx.x; pair < num_pairs; pair += gridDim.x) {
-    if (belongs_here(top_k_index, pair, num_experts)) continue;
+    if (is_expert(top_k_index[pair], num_experts)) continue;
     auto* row = reinterpret_cast<std::uint16_t*>(out + pair * row_bytes);
     for (std::int64_t i = threadIdx.x; i < row_bytes / 2; i += blockDim.x) row[i] = 0;
   }

@@ -5,6 +5,9 @@
 // other blocks' runs each block counts for itself while they are few: reading all choices from the
 // L2 then costs less than a second kernel. Many are counted by a kernel before, a run for each of
 // its blocks.
+//
+// What costs is latency: a thread block has work for a few thousand clocks, and little of it is
+// more than one load, one sum or one vote after the other.
 #include <algorithm>
 
 #include "samoyeds/launch.hpp"
@@ -16,62 +19,87 @@ namespace {
 
 constexpr int kMaxRouteWarps = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kAhead = 8;       // loads in flight a lane
 constexpr int kRunPairs = 256;  // of a thread block, unless there are more than ...
 constexpr int kMaxRouteBlocks = 128;
-constexpr int kManyPairs = 4096;  // more are counted by a kernel of their own
-constexpr int kRouteArrays = 5;   // [E] in shared memory, beside a histogram for each warp
+constexpr int kManyPairs = 4096;    // more are counted by a kernel of their own ...
+constexpr int kCountThreads = 256;  // ... with so few that the next one has room beside it
+constexpr int kRouteArrays = 4;     // [E] in shared memory, beside a histogram for each warp
 
-// Calls visit(pair, expert) for the pairs begin .. end - 1, in order, `step` threads at a time;
-// expert -1: none here. Threads beyond the end are called with -1 too, so that a warp stays whole.
-template <typename Visit>
-__device__ void for_each_pair(const Route& args, int begin, int end, int step, Visit&& visit) {
-  for (int base = begin; base < end; base += kAhead * step) {
-    const int own = base + threadIdx.x % step;
-    int expert[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t e = own + i * step < end ? args.top_k_index[own + i * step] : -1;
-      expert[i] = e >= 0 && e < args.num_experts ? static_cast<int>(e) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (base + i * step < end) visit(own + i * step, expert[i]);
-    }
-  }
+struct RouteArgs : Route {
+  int run_pairs;                 // of a thread block
+  int part_pairs, num_parts;     // of a warp, a multiple of kWarpThreads; of a run that is full
+  Divisor experts, tile_tokens;  // num_experts, tiling.tokens
+};
+
+// The expert of a pair, -1: none here, as for pairs from `end` on.
+__device__ int expert_of(const RouteArgs& args, int pair, int end) {
+  const std::int64_t e = pair < end ? args.top_k_index[pair] : -1;
+  return e >= 0 && e < args.num_experts ? static_cast<int>(e) : -1;
 }
 
-// Exclusive prefix sums of value(e) over the experts, by one warp; returns the total.
-template <typename Value, typename Store>
-__device__ int prefix_sums(int num_experts, Value&& value, Store&& store) {
-  const int lane = threadIdx.x % kWarpThreads;
-  int total = 0;
-  for (int base = 0; base < num_experts; base += kWarpThreads) {
-    const int e = base + lane, own = e < num_experts ? value(e) : 0;
-    int sum = own;
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      const int left = __shfl_up_sync(kAll, sum, distance);
-      if (lane >= distance) sum += left;
-    }
-    if (e < num_experts) store(e, total + sum - own);
-    total += __shfl_sync(kAll, sum, kWarpThreads - 1);
+// Numbers of the experts to their exclusive prefix sums, by one warp, a run of them for each lane;
+// returns the total.
+__device__ int to_prefix_sums(int num_experts, int* numbers) {
+  const int lane = threadIdx.x % kWarpThreads, run = ceil_div(num_experts, kWarpThreads);
+  const int begin = min(lane * run, num_experts), end = min(begin + run, num_experts);
+  int own = 0;
+#pragma unroll 4
+  for (int e = begin; e < end; ++e) own += numbers[e];
+  int sum = own;
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const int left = __shfl_up_sync(kAll, sum, distance);
+    if (lane >= distance) sum += left;
+  }
+  const int total = __shfl_sync(kAll, sum, kWarpThreads - 1);
+  sum -= own;
+#pragma unroll 1
+  for (int e = begin; e < end; ++e) {
+    const int number = numbers[e];
+    numbers[e] = sum;
+    sum += number;
   }
   return total;
 }
 
-// Adds the pairs begin .. end - 1 to counts[E], by all threads of the block.
-__device__ void count_pairs(const Route& args, int begin, int end, int* counts) {
-  for_each_pair(args, begin, end, blockDim.x, [&](int, int expert) {
-    // Many pairs of one expert would wait for each other: a warp that agrees adds once.
-    int agree;
-    __match_all_sync(kAll, expert, &agree);
-    if (expert < 0) return;
-    if (!agree) {
-      atomicAdd(&counts[expert], 1);
-    } else if (threadIdx.x % kWarpThreads == 0) {
-      atomicAdd(&counts[expert], kWarpThreads);
+// The last of numbers[0 .. count - 1], which do not descend, that is at most x; numbers[0] is.
+__device__ int last_not_above(const int* numbers, int count, int x) {
+  int last = 0;
+#pragma unroll 1
+  for (int step = 1 << (31 - __clz(count)); step > 0; step /= 2) {
+    if (last + step < count && numbers[last + step] <= x) last += step;
+  }
+  return last;
+}
+
+// Adds the pairs begin .. end - 1 to counts[row_of(pair)][E], by all threads of the block; those of
+// row -1 do not count.
+template <typename RowOf>
+__device__ void count_pairs(const RouteArgs& args, int begin, int end, int* counts,
+                            RowOf&& row_of) {
+  constexpr int kAtOnce = kManyPairs / (kMaxRouteWarps * kWarpThreads);
+#pragma unroll 1
+  for (int base = begin; base < end; base += kAtOnce * blockDim.x) {
+    const int own = base + threadIdx.x;
+    int expert[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) expert[i] = expert_of(args, own + i * blockDim.x, end);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (base + i * blockDim.x >= end) break;
+      const int row = row_of(own + i * blockDim.x);
+      const int at = expert[i] < 0 || row < 0 ? -1 : row * args.num_experts + expert[i];
+      // Many pairs of one expert would wait for each other: a warp that agrees adds once.
+      int agree;
+      __match_all_sync(kAll, at, &agree);
+      if (at < 0) continue;
+      if (!agree) {
+        atomicAdd(&counts[at], 1);
+      } else if (threadIdx.x % kWarpThreads == 0) {
+        atomicAdd(&counts[at], kWarpThreads);
+      }
     }
-  });
+  }
 }
 
 // The pairs that a thread block of both kernels owns.
@@ -79,130 +107,128 @@ struct Run {
   int begin, end;
 };
 
-__device__ Run own_run(const Route& args) {
-  const int run = ceil_div(args.num_pairs, static_cast<int>(gridDim.x));
-  const int begin = min(blockIdx.x * run, args.num_pairs);
-  return {begin, min(begin + run, args.num_pairs)};
+__device__ Run own_run(const RouteArgs& args) {
+  const int begin = min(static_cast<int>(blockIdx.x) * args.run_pairs, args.num_pairs);
+  return {begin, min(begin + args.run_pairs, args.num_pairs)};
 }
 
-__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) count_runs_kernel(Route args) {
+__global__ void __launch_bounds__(kCountThreads) count_runs_kernel(RouteArgs args) {
   ptx::let_next_kernel_start();
   extern __shared__ int counts[];  // [E]
   for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) counts[e] = 0;
   __syncthreads();
   const Run run = own_run(args);
-  count_pairs(args, run.begin, run.end, counts);
+  count_pairs(args, run.begin, run.end, counts, [](int) { return 0; });
   __syncthreads();
   for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) {
     args.run_counts[blockIdx.x * args.num_experts + e] = counts[e];
   }
 }
 
-// Adds what count_runs_kernel has counted, of the runs before this block's and of those after it.
-__device__ void add_run_counts(const Route& args, int* before, int* after) {
-  const int lane = threadIdx.x % kWarpThreads, num_warps = blockDim.x / kWarpThreads;
-  for (int run = threadIdx.x / kWarpThreads; run < gridDim.x; run += num_warps) {
-    if (run == blockIdx.x) continue;
-    int* sums = run < blockIdx.x ? before : after;
-    const int* counts = args.run_counts + run * args.num_experts;
-    for (int e = lane; e < args.num_experts; e += kWarpThreads) atomicAdd(&sums[e], counts[e]);
+// Adds what count_runs_kernel has counted, of the runs before this block's and of those after it. A
+// thread sums one expert's of a share of the runs.
+__device__ void add_run_counts(const RouteArgs& args, int* before, int* after) {
+  constexpr int kLoads = 16;
+  const int num_experts = args.num_experts, block = blockIdx.x, num_runs = gridDim.x;
+  const int num_shares = max(1, static_cast<int>(blockDim.x) / args.experts);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < num_shares * num_experts; i += blockDim.x) {
+    const int share = i / args.experts, expert = i - share * num_experts;
+    int sum_before = 0, sum_after = 0;
+#pragma unroll kLoads
+    for (int run = share; run < num_runs; run += num_shares) {
+      const int count = args.run_counts[run * num_experts + expert];
+      sum_before += run < block ? count : 0;
+      sum_after += run > block ? count : 0;
+    }
+    atomicAdd(&before[expert], sum_before);
+    atomicAdd(&after[expert], sum_after);
   }
 }
 
-__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(Route args) {
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
-  // [warps][E] counts of this block's run, then [E] each: pairs of the runs before it and after it,
-  // all pairs, first pair, first tile.
+__global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(RouteArgs args) {
+  // [warps][E] counts of this block's run, then [E] each: pairs of the runs before it and after it
+  // (then all), first place, first tile; and the number of tiles.
   extern __shared__ int counts[];
   const int num_experts = args.num_experts, num_warps = blockDim.x / kWarpThreads;
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   int* own = counts + warp * num_experts;
   int* before = counts + num_warps * num_experts;
-  int* after = before + num_experts;
-  int* totals = after + num_experts;
-  int* first_pair = totals + num_experts;
-  int* first_tile = first_pair + num_experts;
+  int* totals = before + num_experts;
+  int* first_place = totals + num_experts;
+  int* first_tile = first_place + num_experts;
 
+#pragma unroll 1
   for (int i = threadIdx.x; i < (num_warps + 2) * num_experts; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   const Run run = own_run(args);
-  if (args.run_counts) {
-    add_run_counts(args, before, after);
-  } else if (gridDim.x > 1) {
-    count_pairs(args, 0, run.begin, before);
-    count_pairs(args, run.end, args.num_pairs, after);
-  }
-  const int part = ceil_div(run.end - run.begin, static_cast<int>(blockDim.x)) * kWarpThreads;
-  const int part_begin = min(run.begin + warp * part, run.end);
-  const int part_end = min(part_begin + part, run.end);
-  for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int, int expert) {
-    const unsigned same = __match_any_sync(kAll, expert);
+  const int part_begin = min(run.begin + warp * args.part_pairs, run.end);
+  const int part_end = min(part_begin + args.part_pairs, run.end);
+  // A lane's expert, and which lanes have the same: of the last pair, mostly the only one.
+  int expert = -1;
+  unsigned same = 0;
+#pragma unroll 1
+  for (int base = part_begin; base < part_end; base += kWarpThreads) {
+    expert = expert_of(args, base + lane, part_end);
+    same = __match_any_sync(kAll, expert);
     if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
     __syncwarp();
-  });
-  __syncthreads();
-  // A warp's count of an expert becomes the number of that expert's pairs before the warp's part.
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    int sum = before[e];
-    for (int w = 0; w < num_warps; ++w) {
-      const int count = counts[w * num_experts + e];
-      counts[w * num_experts + e] = sum;
-      sum += count;
-    }
-    totals[e] = sum + after[e];
+  }
+  // The choices were there before count_runs_kernel began.
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  if (args.run_counts) {
+    add_run_counts(args, before, totals);
+  } else if (gridDim.x > 1) {
+    count_pairs(args, 0, args.num_pairs, before, [&](int pair) {
+      return pair < run.begin ? 0 : pair < run.end ? -1 : 1;
+    });
   }
   __syncthreads();
   const Tiling tiling = args.tiling;
-  const auto round_up = [&](int x) { return ceil_div(x, tiling.align) * tiling.align; };
-  const auto tiles_of = [&](int e) { return ceil_div(totals[e], tiling.tokens); };
-  if (warp == 0) {
-    prefix_sums(
-        num_experts, [&](int e) { return round_up(totals[e]); },
-        [&](int e, int sum) { first_pair[e] = sum; });
-  } else if (warp == 1) {
-    const int total =
-        prefix_sums(num_experts, tiles_of, [&](int e, int sum) { first_tile[e] = sum; });
-    if (lane == 0 && blockIdx.x == 0) *args.num_tiles = total;
-    if (lane < 2 && blockIdx.x == 0 && args.num_claimed) args.num_claimed[lane] = 0;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    // A warp's count of an expert becomes the number of that expert's pairs before the warp's part.
+    constexpr int kAtOnce = 8;
+    int sum = before[e];
+#pragma unroll 1
+    for (int w = 0; w < args.num_parts; w += kAtOnce) {
+      int count[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        count[i] = w + i < args.num_parts ? counts[(w + i) * num_experts + e] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (w + i < args.num_parts) counts[(w + i) * num_experts + e] = sum;
+        sum += count[i];
+      }
+    }
+    const int total = sum + totals[e];
+    totals[e] = total;
+    first_place[e] = tiling.aligned(total);
+    first_tile[e] = (total + tiling.tokens - 1) / args.tile_tokens;
+  }
+  __syncthreads();
+  if (warp < 2) {
+    const int total = to_prefix_sums(num_experts, warp == 0 ? first_place : first_tile);
+    if (warp == 1 && lane == 0) {
+      first_tile[num_experts] = total;
+      if (blockIdx.x == 0) *args.num_tiles = total;
+    }
+    if (warp == 1 && lane < 2 && blockIdx.x == 0 && args.num_claimed) args.num_claimed[lane] = 0;
   }
   __syncthreads();
 
-  const auto write_tile = [&](int e, int i) {
-    const int num_tiles = tiles_of(e), in_group = i / kMaxGroup * kMaxGroup;
-    const int tokens = tiling.is_even ? round_up(ceil_div(totals[e], num_tiles)) : tiling.tokens;
-    args.tiles[first_tile[e] + i] = {
-        e, first_pair[e] + i * tokens, min(tokens, totals[e] - i * tokens),
-        (first_tile[e] + in_group) << 8 | min(kMaxGroup, num_tiles - in_group)};
-  };
-  // The first block writes the tiles: a thread the first few of an expert, a warp the rest.
-  constexpr int kFew = 4;
-  bool has_many = false;
-  for (int e = threadIdx.x; e < num_experts && blockIdx.x == 0; e += blockDim.x) {
-    for (int i = 0; i < min(kFew, tiles_of(e)); ++i) write_tile(e, i);
-    has_many |= tiles_of(e) > kFew;
-  }
-  if (__syncthreads_or(has_many)) {
-    for (int e = warp; e < num_experts; e += num_warps) {
-      for (int i = kFew + lane; i < tiles_of(e); i += kWarpThreads) write_tile(e, i);
+#pragma unroll 1
+  for (int base = part_begin; base < part_end; base += kWarpThreads) {
+    if (args.part_pairs > kWarpThreads) {
+      expert = expert_of(args, base + lane, part_end);
+      same = __match_any_sync(kAll, expert);
     }
-  }
-  if (args.places && blockIdx.x == 0) {
-    // Places between the experts' and behind the last one's.
-    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-      const int end = first_pair[e] + totals[e];
-      for (int i = end; i < first_pair[e] + round_up(totals[e]); ++i) args.pairs[i] = kNoPair;
-    }
-    const int last = num_experts - 1;
-    for (int i = first_pair[last] + round_up(totals[last]) + threadIdx.x; i < args.max_places;
-         i += blockDim.x) {
-      args.pairs[i] = kNoPair;
-    }
-  }
-  for_each_pair(args, part_begin, part_end, kWarpThreads, [&](int pair, int expert) {
-    const unsigned same = __match_any_sync(kAll, expert);
+    const int pair = base + lane;
     if (expert >= 0) {
-      const int place = first_pair[expert] + own[expert] + __popc(same & ((1u << lane) - 1));
+      const int place = first_place[expert] + own[expert] + __popc(same & ((1u << lane) - 1));
       args.pairs[place] = pair;
       if (args.places) args.places[pair] = place;
     } else if (args.places && pair < part_end) {
@@ -211,7 +237,30 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     __syncwarp();
     if (expert >= 0 && lane == __ffs(same) - 1) own[expert] += __popc(same);
     __syncwarp();
-  });
+  }
+  // The last warps have no pairs where those are few.
+  const int num_tiles = first_tile[num_experts];
+#pragma unroll 1
+  for (int tile = (blockDim.x - 1 - threadIdx.x) * gridDim.x + blockIdx.x; tile < num_tiles;
+       tile += gridDim.x * blockDim.x) {
+    const int e = last_not_above(first_tile, num_experts, tile), first = first_tile[e];
+    const int of_expert = first_tile[e + 1] - first, i = tile - first;
+    const int even = tiling.aligned(ceil_div(totals[e], of_expert));
+    const int tokens = tiling.is_even ? even : tiling.tokens;
+    const int in_group = i / kMaxGroup * kMaxGroup;
+    args.tiles[tile] = {e, first_place[e] + i * tokens, min(tokens, totals[e] - i * tokens),
+                        (first + in_group) << 8 | min(kMaxGroup, of_expert - in_group)};
+  }
+  if (!args.places) return;
+  // Places without a pair: up to the next expert's, or the end.
+#pragma unroll 1
+  for (int e = blockIdx.x * num_warps + warp; e < num_experts; e += gridDim.x * num_warps) {
+    const int end = e + 1 < num_experts ? first_place[e + 1] : args.max_places;
+#pragma unroll 1
+    for (int i = first_place[e] + totals[e] + lane; i < end; i += kWarpThreads) {
+      args.pairs[i] = kNoPair;
+    }
+  }
 }
 
 int num_runs(std::int64_t num_pairs) {
@@ -239,18 +288,24 @@ std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts) {
   return num_pairs + std::min(num_pairs, num_experts) * (kPlaceAlign - 1);
 }
 
-Error route(Stream stream, Route args) {
+Error route(Stream stream, const Route& given) {
+  RouteArgs args{given};
   // A thread for each pair and for each expert, as far as they go; two warps at least, as one sums
   // pairs and one tiles.
-  const int wanted =
-      ceil_div(args.num_pairs > args.num_experts ? args.num_pairs : args.num_experts, kWarpThreads);
+  const int wanted = ceil_div(std::max(args.num_pairs, args.num_experts), kWarpThreads);
   const int num_warps = std::clamp(wanted, 2, kMaxRouteWarps);
   const int num_threads = num_warps * kWarpThreads, num_blocks = num_runs(args.num_pairs);
+  args.run_pairs = ceil_div(args.num_pairs, num_blocks);
+  args.part_pairs = ceil_div(args.run_pairs, num_threads) * kWarpThreads;
+  args.num_parts = args.num_pairs == 0 ? 0 : ceil_div(args.run_pairs, args.part_pairs);
+  args.experts = make_divisor(std::max(1, args.num_experts));
+  args.tile_tokens = make_divisor(args.tiling.tokens);
   const int expert_bytes = (num_warps + kRouteArrays) * static_cast<int>(sizeof(int));
-  const int shared = expert_bytes * args.num_experts;
+  constexpr int kMoreBytes = sizeof(int);  // the number of tiles
+  const int shared = expert_bytes * args.num_experts + kMoreBytes;
   if (shared > stream.device.block_shared_bytes) {
-    return unsupported("routing needs at most " +
-                       std::to_string(stream.device.block_shared_bytes / expert_bytes) +
+    const int most = (stream.device.block_shared_bytes - kMoreBytes) / expert_bytes;
+    return unsupported("routing needs at most " + std::to_string(most) +
                        " experts on this GPU, found " + std::to_string(args.num_experts));
   }
   if (shared > 48 * 1024) {
@@ -266,7 +321,7 @@ Error route(Stream stream, Route args) {
   if (num_run_counts(args.num_pairs, args.num_experts) == 0) args.run_counts = nullptr;
   if (args.run_counts) {
     // A thread block counts fewer experts than fit the kernel after it.
-    SAMOYEDS_RETURN_IF_ERROR(launch(stream, count_runs_kernel, num_blocks, num_threads,
+    SAMOYEDS_RETURN_IF_ERROR(launch(stream, count_runs_kernel, num_blocks, kCountThreads,
                                     args.num_experts * static_cast<int>(sizeof(int)), args));
     stream.overlaps = true;
   }

@@ -43,8 +43,9 @@ struct Tile {
 // How the tokens of an expert are cut into tiles.
 struct Tiling {
   int tokens;            // at most, of a tile
-  int align = 1;         // an expert's places start at a multiple of it
+  int align = 1;         // an expert's places start at a multiple of it, a power of two
   bool is_even = false;  // tiles of about the same size, else full ones and a rest
+  SAMOYEDS_HOST_DEVICE constexpr int aligned(int x) const { return (x + align - 1) & -align; }
   bool operator==(const Tiling& other) const {
     return tokens == other.tokens && align == other.align && is_even == other.is_even;
   }

@@ -88,7 +88,7 @@ struct Route {
   int max_places;    // set by route()
 };
 std::int64_t num_run_counts(std::int64_t num_pairs, std::int64_t num_experts);
-Error route(Stream stream, Route args);
+Error route(Stream stream, const Route& args);
 // x [rows, columns] to panels: to each place the row of its pair, or zeros.
 struct Gather {
   const void* x;
