@@ -289,7 +289,8 @@ std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts) {
 }
 
 Error route(Stream stream, const Route& given) {
-  RouteArgs args{given};
+  RouteArgs args{};
+  static_cast<Route&>(args) = given;
   // A thread for each pair and for each expert, as far as they go; two warps at least, as one sums
   // pairs and one tiles.
   const int wanted = ceil_div(std::max(args.num_pairs, args.num_experts), kWarpThreads);

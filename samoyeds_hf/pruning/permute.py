@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 TRIES = 64  # swaps that are tried for each neuron
 _LEAST = 16  # regions shorter than this are tried as if they were as long
 _LEAST_GAIN = 1e-7  # of all that there is to keep; below it is rounding
+_DRAWN = 1024  # tries that are looked up together
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,17 @@ class _Side(Protocol):
 
     region: int  # swaps between different regions of so many neurons do not meet
 
-    def gain(
-        self,
-        order: torch.Tensor,  # [E, I]
-        tried: torch.Tensor,  # [E, I]  the same with a neuron of each pair swapped
-        places: torch.Tensor,  # [2, P]  which
-    ) -> torch.Tensor:
-        """How much more of all there is each swap keeps, ``[E, P]``."""
+    def look_up(self, tries: torch.Tensor) -> None:
+        """What all tries ``[T, 2, P]`` read, ahead of them: places of neurons that are swapped."""
+
+    def gain(self, number: int, orders: torch.Tensor) -> torch.Tensor:
+        """How much more of all there is each swap of a try keeps, ``[E, P]``.
+
+        Args:
+            number: of the try.
+            orders: ``[2, E, I]``, as it is, and with a neuron of each pair swapped; neurons are
+                numbered through all experts.
+        """
 
     def take(self, accepted: torch.Tensor) -> None:
         """Remember the swaps just tried that were accepted, ``[E, P]`` bool."""
@@ -146,22 +151,41 @@ def _search(
     tries: int,
     seed: int,
 ) -> None:
-    """Try swaps at random and keep those that gain."""
+    """Try swaps at random and keep those that gain.
+
+    A try is a few operations on little data, and takes as long as it takes to start them. So what
+    can be read for many tries is, and the orders before and after a try are one tensor.
+    """
+    experts, neurons = order.shape
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers for every device
-    regions = order.shape[1] // region
+    regions = neurons // region
     half = regions // 2
-    for _ in range(tries * max(region, _LEAST)):
-        pairs = torch.randperm(regions, generator=rng)[: 2 * half].view(2, half)
-        inside = torch.randint(region, (2, half), generator=rng)
-        places = (pairs * region + inside).to(order.device)
-        swapped = order[:, places.flip(0)]  # [E, 2, P]
-        tried = order.clone()
-        tried[:, places] = swapped
-        gain = torch.stack([side.gain(order, tried, places) for side in sides]).sum(dim=0)
-        accepted = gain > _LEAST_GAIN
-        order[:, places] = torch.where(accepted.unsqueeze(1), swapped, order[:, places])
+    first = torch.arange(experts, device=order.device).unsqueeze(1) * neurons
+    orders = (order + first).repeat(2, 1, 1)
+    left = tries * max(region, _LEAST)
+    while left > 0:
+        drawn = []
+        for _ in range(min(left, _DRAWN)):
+            pairs = torch.randperm(regions, generator=rng)[: 2 * half].view(2, half)
+            drawn.append(pairs * region + torch.randint(region, (2, half), generator=rng))
+        left -= len(drawn)
+        places = torch.stack(drawn).to(order.device)  # [T, 2, P]
         for side in sides:
-            side.take(accepted)
+            side.look_up(places)
+        here, there = places.flatten(1), places.flip(1).flatten(1)
+        for number in range(len(drawn)):
+            own = orders[0].index_select(1, here[number])  # [E, 2 P]
+            swapped = orders[0].index_select(1, there[number])
+            orders[1].index_copy_(1, here[number], swapped)
+            gain = sides[0].gain(number, orders)
+            for side in sides[1:]:
+                gain = gain + side.gain(number, orders)
+            accepted = gain > _LEAST_GAIN
+            taken = torch.where(accepted.repeat(1, 2), swapped, own)
+            orders.index_copy_(2, here[number], taken.expand(2, -1, -1))
+            for side in sides:
+                side.take(accepted)
+    order.copy_(orders[0] - first)
 
 
 class _Rows:
@@ -180,17 +204,18 @@ class _Rows:
             best = _two_best(score.unbind(dim=-1))  # [2I, H/4]
             chunks = best.view(len(own), own.shape[1] // pattern.sub_row(own.shape[1]), -1)
             profiles.append(torch.cat(chunks.sum(dim=-1).chunk(2), dim=1) / score.sum())
-        self.profile = torch.stack(profiles)  # [E, I, 2 H/V]  what 2:4 keeps of a neuron
-        self.number = torch.arange(len(profiles), device=weight.device).view(-1, 1, 1, 1)
+        self.profile = torch.cat(profiles)  # [E I, 2 H/V]  what 2:4 keeps of a neuron
+        self.experts = len(profiles)
 
-    def gain(self, order: torch.Tensor, tried: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        blocks = (places // self.region).unsqueeze(-1) * self.region
-        members = blocks + torch.arange(self.region, device=order.device)  # [2, P, M]
-        then, now = (
-            _most(self.profile[self.number, which[:, members]], self.pattern, dim=-2).sum(dim=-1)
-            for which in (order, tried)
-        )  # [E, 2, P]
-        return (now - then).sum(dim=1)
+    def look_up(self, tries: torch.Tensor) -> None:
+        self.members = _members(tries, self.region)
+
+    def gain(self, number: int, orders: torch.Tensor) -> torch.Tensor:
+        which = orders.index_select(2, self.members[number])
+        profile = self.profile.index_select(0, which.flatten())
+        blocks = profile.view(2, self.experts, 2, -1, self.region, profile.shape[1])
+        kept = _most(blocks, self.pattern, dim=-2).sum(dim=-1)  # [2, E, 2, P]
+        return (kept[1] - kept[0]).sum(dim=1)
 
     def take(self, accepted: torch.Tensor) -> None:
         """Nothing to remember: profiles are looked up by neuron."""
@@ -208,28 +233,37 @@ class _Columns:
         scores = []
         for own, squares in zip(down.weight, down.squares, strict=True):
             score = own.to(squares.dtype).square().mul_(squares)  # [H, I]
-            scores.append((score / score.sum()).T.contiguous())
-        self.score = torch.stack(scores)  # [E, I, H]
+            scores.append((score / score.sum()).T)
+        self.score = torch.cat(scores)  # [E I, H]
         # what 2:4 keeps of each row in each region, ``[E, I/V, H]``
         regions = self.score.view(experts, neurons // self.region, -1, GROUP, rows)
         self.kept = _two_best(regions.unbind(dim=-2)).sum(dim=2)
-        self.number = torch.arange(experts, device=down.weight.device).view(-1, 1, 1, 1)
 
-    def gain(self, order: torch.Tensor, tried: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        groups = (places // GROUP).unsqueeze(-1) * GROUP
-        members = groups + torch.arange(GROUP, device=order.device)  # [2, P, 4]
-        then, now = (
-            _two_best(self.score[self.number, which[:, members]].unbind(dim=-2))
-            for which in (order, tried)
-        )  # [E, 2, P, H]
-        self.regions = places // self.region
-        self.before = self.kept[:, self.regions]
-        self.after = self.before - then + now
-        return (self._total(self.after) - self._total(self.before)).sum(dim=1)
+    def look_up(self, tries: torch.Tensor) -> None:
+        self.members = _members(tries, GROUP)
+        self.regions = tries.flatten(1) // self.region
+
+    def gain(self, number: int, orders: torch.Tensor) -> torch.Tensor:
+        self.tried = self.regions[number]
+        self.before = self.kept.index_select(1, self.tried)
+        if self.region == GROUP:  # a region is a group, of which it is known what is kept
+            self.after = self._groups(number, orders[1:])[0]
+        else:
+            groups = self._groups(number, orders)
+            self.after = self.before - groups[0] + groups[1]
+        gain = self._total(self.after) - self._total(self.before)
+        return gain.view(len(gain), 2, -1).sum(dim=1)
+
+    def _groups(self, number: int, orders: torch.Tensor) -> torch.Tensor:
+        """What is kept of each row in the groups of a try, ``[..., E, 2 P, H]``."""
+        which = orders.index_select(2, self.members[number])
+        columns = self.score.index_select(0, which.flatten())
+        groups = columns.view(*orders.shape[:2], -1, GROUP, columns.shape[1])
+        return _two_best(groups.unbind(dim=-2))
 
     def take(self, accepted: torch.Tensor) -> None:
-        wide = accepted[:, None, :, None]
-        self.kept[:, self.regions] = torch.where(wide, self.after, self.before)
+        wide = accepted.repeat(1, 2).unsqueeze(2)
+        self.kept.index_copy_(1, self.tried, torch.where(wide, self.after, self.before))
 
     def _total(self, kept: torch.Tensor) -> torch.Tensor:
         """What stays of regions ``[..., H]`` when rows are dropped."""
@@ -237,6 +271,12 @@ class _Columns:
             return kept.sum(dim=-1)
         blocks = kept.view(*kept.shape[:-1], -1, self.pattern.m)
         return _most(blocks, self.pattern, dim=-1).sum(dim=-1)
+
+
+def _members(tries: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the groups of `count` neighbours that the places ``[T, 2, P]`` are in, in a row."""
+    inside = torch.arange(count, device=tries.device)
+    return ((tries // count).unsqueeze(-1) * count + inside).flatten(1)
 
 
 def _most(x: torch.Tensor, pattern: SparsityPattern, dim: int) -> torch.Tensor:
