@@ -96,8 +96,8 @@ def plan(
         recipe,
     )
     found = plan_conversion(source, config, parse_size(shard_size))
-    print_plan(found, device)
-    found.check_disk(destination or Path.cwd())
+    more = print_plan(found, device)
+    found.check_disk(destination or Path.cwd(), more)
 
 
 @app.command()
@@ -157,8 +157,8 @@ def convert(
             require_calibration(config)
         found = plan_conversion(source, config, parse_size(shard_size))
         check_destination(found.source, destination, overwrite)
-        print_plan(found, device)
-        found.check_disk(destination)
+        more = print_plan(found, device)
+        found.check_disk(destination, more)
         return
     try:
         if budget is not None:

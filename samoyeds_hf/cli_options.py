@@ -146,16 +146,25 @@ def make_config(
     return config.replace(calibration=old | calibration)
 
 
-def print_plan(plan: ConversionPlan, device: str | None) -> None:
-    """A plan, and what its calibration will need, of which time is measured here and now."""
+def print_plan(plan: ConversionPlan, device: str | None) -> int:
+    """A plan, and what calibration and distillation will need, of which time is measured here and
+    now. Returns the bytes of disk that the output does not show.
+    """
     from samoyeds_hf.convert_layers import pick_device
     from samoyeds_hf.pruning.calibration import Calibration
-    from samoyeds_hf.pruning.cost import estimate
+    from samoyeds_hf.pruning.cost import estimate, estimate_distillation
+    from samoyeds_hf.pruning.distill_settings import DistillSettings
     from samoyeds_hf.pruning.layer import PruneSettings
 
     print(plan)
-    if plan.config.is_calibrated:
-        text = plan.config.calibration or Calibration("text that is still to be named")
+    config = plan.config
+    text = config.calibration or Calibration("text that is still to be named")
+    if config.is_calibrated:
         num_tokens = text.samples * text.sequence_length
-        settings = PruneSettings.of(plan.config)
-        print(estimate(plan, settings, num_tokens, pick_device(device)))
+        print(estimate(plan, PruneSettings.of(config), num_tokens, pick_device(device)))
+    if config.recover != "distill":
+        return 0
+    shape = (text.samples, text.sequence_length)
+    cost = estimate_distillation(plan, DistillSettings(), *shape, pick_device(device))
+    print(cost)
+    return cost.disk_bytes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and tests, as CI runs them, on a machine with nothing but Python and without a GPU.
 #   scripts/test.sh [--matrix] [pytest arguments]
-#   --matrix  also the Hugging Face round trips on older transformers
+#   --matrix  also the Hugging Face round trips on the oldest transformers that works
 # PYTHON and TORCH_SPEC: see setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,7 +9,7 @@ source scripts/setup_env.sh
 
 older_transformers=()
 if [[ "${1:-}" == --matrix ]]; then
-  older_transformers=(5.13.1 5.17.0)
+  older_transformers=(5.13.1)
   shift
 fi
 

@@ -173,6 +173,27 @@ def test_plan_with_too_little_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_of_a_distillation(
+    run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("plan", dense, "--pattern", PATTERN, "--recover", "distill")
+    done = run(*options)
+    assert done.code == 0, done.err
+    (line,) = [text for text in done.out.splitlines() if text.startswith("distillation: about ")]
+    assert "calibration:" not in done.out  # magnitude looks at no data
+    assert line.endswith(" more of disk")
+    assert "calibration: about " in run(*options, "--method", "wanda").out
+    # room for the output, but not for what stands beside it meanwhile
+    need = plan_conversion(dense, SamoyedsConfig(PATTERN), 5 * 10**9).disk_need
+    full = type("Usage", (), {"free": need + 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    assert run("plan", dense, "--pattern", PATTERN).code == 0
+    for arguments in (options, ("convert", dense, tmp_path / "new", *options[2:], "--dry-run")):
+        more = ("--calibration", "python-stdlib")
+        assert "of disk, found " in refusal(run(*arguments, *more)._replace(out=""))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plan_of_a_sparse_source(run: Run, sparse: Path) -> None:
     message = refusal(run("plan", sparse))
     assert "must be dense, found one quantised with 'samoyeds'" in message

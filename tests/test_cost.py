@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoints import save_dense
@@ -10,7 +12,8 @@ from tiny_models import BY_NAME, PATTERN
 from samoyeds_hf import SamoyedsConfig
 from samoyeds_hf.plan import ConversionPlan, plan_conversion
 from samoyeds_hf.pruning import METHODS, cost
-from samoyeds_hf.pruning.cost import Cost, estimate, measure_rate
+from samoyeds_hf.pruning.cost import Cost, estimate, estimate_distillation, measure_rate
+from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
 from samoyeds_hf.pruning.recover import BlockSettings
 
@@ -89,6 +92,30 @@ def test_recovery_by_layers_is_counted_from_shapes(plan: ConversionPlan) -> None
     assert recovered.device_bytes == held + training > plain.device_bytes
     few = cost_of(plan, 1000, block=BlockSettings(train="experts"))
     assert few.device_bytes == held + training - 20 * dense
+
+
+def test_distillation_is_counted_from_shapes(plan: ConversionPlan) -> None:
+    # attention, router and experts of two layers as above, and the head; 2 of 4 experts are met
+    dense = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 4 * 64)
+    experts = 2 * 4 * (256 * 64 + 64 * 128)
+    vocabulary = plan.model_config.vocab_size * 64
+    norms = (2 * 2 + 1) * 64
+    settings = DistillSettings(steps=10, batch_size=3, held_back=0.25, backtrack=False)
+    found = estimate_distillation(plan, settings, 16, 50, CPU)
+    # a step's tokens: forward through both, back through one; 4 sequences before and after
+    passes = 10 * 3 * 4 + 4 * 2 * 2
+    assert found.operations == 2 * (dense + experts // 2 + vocabulary) * passes * 50
+    checked = estimate_distillation(plan, replace(settings, backtrack=True), 16, 50, CPU)
+    assert checked.operations == found.operations * (10 * 3 * 4 + 4 * 2 * 4) / passes
+    # both models in fp32 and a gradient of gate and up, which is the largest
+    whole = dense + 2 * vocabulary + norms
+    models = 2 * 4 * (whole + experts) + 4 * 4 * 256 * 64
+    assert found.device_bytes == models + 16 * whole + 20 * experts // 4
+    assert found.host_bytes == 4 * (whole + experts // 4)
+    assert found.disk_bytes == plan.disk_need + 2 * 12 * (whole + experts // 4)
+    few = estimate_distillation(plan, replace(settings, train="experts"), 16, 50, CPU)
+    assert few.device_bytes == found.device_bytes - 16 * whole
+    assert few.host_bytes == 4 * experts // 4
 
 
 def test_a_layer_fits(plan: ConversionPlan) -> None:

@@ -1,4 +1,4 @@
-"""What calibrated pruning will need: memory, and time on the machine that asks.
+"""What calibrated pruning and distillation will need: memory, and time on the machine that asks.
 
 Operations are counted from shapes, leading terms only, and divided by the rate of a product that is
 timed now; an estimate for deciding whether to start, not a promise.
@@ -21,7 +21,10 @@ from samoyeds_hf.pruning.recover import PASSES
 from samoyeds_hf.report import format_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from samoyeds_hf.plan import ConversionPlan
+    from samoyeds_hf.pruning.distill_settings import DistillSettings
     from samoyeds_hf.pruning.layer import PruneSettings
     from samoyeds_hf.pruning.recover import BlockSettings
 
@@ -30,31 +33,60 @@ _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_t
 _PASSES = 2  # of all tokens through a layer, and one more for each stream of hidden states
 _BACK = 3  # of a pass forward and back, to a pass forward
 _MASKED_BYTES, _WHOLE_BYTES = 24, 20  # of an element that recovery by layers trains, see recover.py
+_MASKED_TRAINING, _WHOLE_TRAINING = 20, 16  # of one that distillation trains, see masters.py
+_STATE_BYTES = 12  # of it in a file to go on from: master and moments
 _SIZE_ON_CPU, _SIZE_ON_GPU = 1024, 4096  # of the product that is timed
 
 
 @dataclass(frozen=True)
-class Cost:
-    """An estimate; ``str`` is a line for ``samoyeds plan``."""
+class _Time:
+    """How long it takes to compute something."""
 
     device: torch.device
     operations: float  # multiplications and additions
     rate: float  # of them a second
-    device_bytes: int  # one layer, its masks, and the more of pruning and recovery by layers
-    host_bytes: int  # hidden states, and what experts were called with
 
     @property
     def seconds(self) -> float:
         """Of computing; reading and writing files comes on top."""
         return self.operations / self.rate
 
-    def __str__(self) -> str:
+    @property
+    def _text(self) -> str:
         where = "the GPU" if self.device.type == "cuda" else "the CPU"
         return (
-            f"calibration: about {_duration(self.seconds)} on {where} "
-            f"({self.operations / 1e12:.3g} T operations at {self.rate / 1e12:.3g} T/s as measured "
-            f"now), {format_bytes(self.device_bytes)} there, and {format_bytes(self.host_bytes)} "
-            "of hidden states in memory"
+            f"about {_duration(self.seconds)} on {where} ({self.operations / 1e12:.3g} T "
+            f"operations at {self.rate / 1e12:.3g} T/s as measured now)"
+        )
+
+
+@dataclass(frozen=True)
+class Cost(_Time):
+    """An estimate; ``str`` is a line for ``samoyeds plan``."""
+
+    device_bytes: int  # one layer, its masks, and the more of pruning and recovery by layers
+    host_bytes: int  # hidden states, and what experts were called with
+
+    def __str__(self) -> str:
+        return (
+            f"calibration: {self._text}, {format_bytes(self.device_bytes)} there, and "
+            f"{format_bytes(self.host_bytes)} of hidden states in memory"
+        )
+
+
+@dataclass(frozen=True)
+class DistillationCost(_Time):
+    """An estimate of a distillation; ``str`` is a line for ``samoyeds plan``."""
+
+    device_bytes: int  # both models and what training keeps; activations come on top
+    host_bytes: int  # what is trained as it was
+    disk_bytes: int  # beside the output, until that is there: the pruned checkpoint, and two states
+
+    def __str__(self) -> str:
+        return (
+            f"distillation: {self._text}, {format_bytes(self.device_bytes)} and activations there, "
+            f"{format_bytes(self.host_bytes)} in memory, and until it is done "
+            f"{format_bytes(self.disk_bytes)} more of disk"
         )
 
 
@@ -76,8 +108,7 @@ def estimate(
     plan: ConversionPlan, settings: PruneSettings, num_tokens: int, device: torch.device
 ) -> Cost:
     """The cost of pruning with ``num_tokens`` tokens in all."""
-    config = plan.model_config.get_text_config()
-    top_k = next((int(getattr(config, name)) for name in _TOP_K if hasattr(config, name)), 1)
+    config, top_k = plan.model_config.get_text_config(), _top_k(plan)
     layers = _weights_by_layer(plan, num_tokens, top_k)
     itemsize = plan.model.dtype.itemsize
     streams = 2 if settings.follows_dense else 1
@@ -93,6 +124,62 @@ def estimate(
         device_bytes=max(_device_bytes(weights, settings) for weights in layers.values()),
         host_bytes=num_tokens * (kept + top_k * (8 + itemsize)),
     )
+
+
+def estimate_distillation(
+    plan: ConversionPlan,
+    settings: DistillSettings,
+    samples: int,
+    sequence_length: int,
+    device: torch.device,
+) -> DistillationCost:
+    """The cost of distilling what the plan makes, on so many sequences."""
+    config, top_k = plan.model_config.get_text_config(), _top_k(plan)
+    specs = [spec for unit in plan.units for spec in unit.outputs.values()]
+    ends = _embeddings(plan.model)
+    used = config.vocab_size * config.hidden_size  # the head; what is looked up costs nothing
+    whole = masked = 0.0  # elements that are trained
+    for spec in specs:
+        count = math.prod(spec.shape)
+        if len(spec.shape) > 1 and spec.name not in ends:
+            is_stacked = len(spec.shape) == 3
+            used += count * min(top_k, spec.shape[0]) // spec.shape[0] if is_stacked else count
+        if spec.name in plan.patterns:
+            masked += count * plan.patterns[spec.name].density
+        elif settings.train == "all":
+            whole += count
+    trained = [s for s in specs if s.name in plan.patterns or settings.train == "all"]
+    itemsize = 2 if device.type == "cuda" else 4  # as both models are loaded
+    models = 2 * itemsize * sum(math.prod(spec.shape) for spec in specs)
+    gradient = itemsize * max(math.prod(spec.shape) for spec in trained)
+    seen = settings.steps * settings.batch_size * (1 + _BACK)
+    # before and after, and at most two checks meanwhile
+    seen += settings.num_held_back(samples) * 2 * (4 if settings.backtrack else 2)
+    return DistillationCost(
+        device=device,
+        operations=2.0 * used * seen * sequence_length,
+        rate=measure_rate(device),
+        device_bytes=models + gradient + int(_MASKED_TRAINING * masked + _WHOLE_TRAINING * whole),
+        host_bytes=int(4 * (masked + whole)),
+        disk_bytes=plan.disk_need + int(2 * _STATE_BYTES * (masked + whole)),
+    )
+
+
+def _embeddings(model: PreTrainedModel) -> set[str]:
+    """Names of the weights at both ends, which may be one."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight) for module in modules if module is not None}
+    return {
+        name
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if id(weight) in weights
+    }
+
+
+def _top_k(plan: ConversionPlan) -> int:
+    """How many experts a token meets."""
+    config = plan.model_config.get_text_config()
+    return next((int(getattr(config, name)) for name in _TOP_K if hasattr(config, name)), 1)
 
 
 def measure_rate(device: torch.device) -> float:

@@ -126,8 +126,7 @@ class _Run:
             check_recordable(devices, settings)
         self.student, self.teacher, self.tokens = student, teacher, tokens
         self.settings = settings
-        held = round(settings.held_back * len(tokens))
-        self.held = min(max(1, held), len(tokens) - 1) if settings.held_back else 0
+        self.held = settings.num_held_back(len(tokens))
         self.before: float | None = None
         self.after: float | None = None
         weights = {

@@ -113,6 +113,12 @@ class DistillSettings:
         if self.train not in TRAINED:
             raise ConfigError(f"train must be one of {list(TRAINED)}, found {self.train!r}.")
 
+    def num_held_back(self, samples: int) -> int:
+        """How many of so many sequences only measure."""
+        if not self.held_back:
+            return 0
+        return min(max(1, round(self.held_back * samples)), samples - 1)
+
 
 @dataclass(frozen=True)
 class DistillReport:
