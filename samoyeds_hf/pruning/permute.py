@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TRIES = 64  # swaps that are tried for each neuron
 _LEAST = 16  # regions shorter than this are tried as if they were as long
 _LEAST_GAIN = 1e-7  # of all that there is to keep; below it is rounding
-_DRAWN = 1024  # tries that are looked up together
+_DRAWN = 256  # tries that are looked up together
 
 
 @dataclass(frozen=True)
