@@ -25,7 +25,7 @@ INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re
 # They build an environment; what they run in it, tests/test_demo.py and all tests cover.
 SCRIPTS = ("scripts/demo.sh", "scripts/test.sh")
 DEMO = "samoyeds demo "  # tests/test_demo.py runs it, and reads what it prints
-QUICKER = ("--samples 16", "--samples 4")  # a minute less on one core
+QUICKER = ("--samples 16", "--samples 4")  # how good the pruned model is, nobody asks here
 
 
 @pytest.fixture(scope="module")

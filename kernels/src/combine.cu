@@ -82,7 +82,7 @@ __global__ void combine_kernel(Combine args) {
       is_here[i] = is_expert(expert[i], args.num_experts);
     }
   };
-  look_up();  // the rows alone are of the kernel before
+  look_up();  // the kernel before writes rows alone
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   if (!is_token) return;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kPanelThreads, kPanelBlocks) combine_panels_ke
     const float own_weight = own_place == kNoPlace ? 0.f : weight_of(args, weight_bits(args, pair));
     const int num_choices = min(kLookedUp, args.top_k - first);
     if (first == 0) {
-      ptx::wait_for_previous_kernel();  // of it, the rows alone are
+      ptx::wait_for_previous_kernel();  // it writes rows alone; choices were there before
       ptx::let_next_kernel_start();
     }
 #pragma unroll 1

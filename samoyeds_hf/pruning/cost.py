@@ -136,22 +136,20 @@ def estimate_distillation(
     """The cost of distilling what the plan makes, on so many sequences."""
     config, top_k = plan.model_config.get_text_config(), _top_k(plan)
     specs = [spec for unit in plan.units for spec in unit.outputs.values()]
+    counts = {spec.name: math.prod(spec.shape) for spec in specs}
     ends = _embeddings(plan.model)
     used = config.vocab_size * config.hidden_size  # the head; what is looked up costs nothing
-    whole = masked = 0.0  # elements that are trained
     for spec in specs:
-        count = math.prod(spec.shape)
-        if len(spec.shape) > 1 and spec.name not in ends:
-            is_stacked = len(spec.shape) == 3
-            used += count * min(top_k, spec.shape[0]) // spec.shape[0] if is_stacked else count
-        if spec.name in plan.patterns:
-            masked += count * plan.patterns[spec.name].density
-        elif settings.train == "all":
-            whole += count
-    trained = [s for s in specs if s.name in plan.patterns or settings.train == "all"]
+        if len(spec.shape) < 2 or spec.name in ends:
+            continue
+        met = min(top_k, spec.shape[0]) / spec.shape[0] if len(spec.shape) == 3 else 1
+        used += int(counts[spec.name] * met)
+    unmasked = counts.keys() - plan.patterns.keys() if settings.train == "all" else set()
+    whole = sum(counts[name] for name in unmasked)
+    masked = sum(counts[name] * pattern.density for name, pattern in plan.patterns.items())
     itemsize = 2 if device.type == "cuda" else 4  # as both models are loaded
-    models = 2 * itemsize * sum(math.prod(spec.shape) for spec in specs)
-    gradient = itemsize * max(math.prod(spec.shape) for spec in trained)
+    models = 2 * itemsize * sum(counts.values())
+    gradient = itemsize * max(counts[name] for name in unmasked | plan.patterns.keys())
     seen = settings.steps * settings.batch_size * (1 + _BACK)
     # before and after, and at most two checks meanwhile
     seen += settings.num_held_back(samples) * 2 * (4 if settings.backtrack else 2)
