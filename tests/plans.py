@@ -88,7 +88,7 @@ class Instance(NamedTuple):
     @property
     def needs_sm90a(self) -> bool:
         """Its accumulators take registers from the warps that load."""
-        return self.m_frags * self.n_frags > 12
+        return self.m_frags * self.n_frags > (12 if self.is_stepped else 8)
 
     @property
     def is_stepped(self) -> bool:

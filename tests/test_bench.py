@@ -129,7 +129,7 @@ def test_plans_to_try_are_of_every_kernel(bench: ModuleType) -> None:
     assert [plans.Instance(*each) for each in bench.tune_plans.INSTANCES] == plans.INSTANCES
     for is_down in (False, True):
         found = [plans.PlanNumbers(*plan) for plan in bench.tune_plans.candidates(is_down)]
-        assert len(found) == len(set(found)) == len(plans.INSTANCES) * (40 if is_down else 10)
+        assert len(found) == len(set(found)) == len(plans.INSTANCES) * (48 if is_down else 12)
         assert {plan.instance for plan in found} == set(plans.INSTANCES)
         assert is_down or {plan.splits for plan in found} == {1}
 

@@ -32,9 +32,18 @@ Load expected_load(std::int64_t num_experts, std::int64_t num_tokens, std::int64
   return {hit, static_cast<double>(num_tokens * top_k) / std::max(hit, 1.0)};
 }
 
-// Tiles of tokens, on average: the last one of an expert is half full, and one may do for few.
+// Tiles of tokens, on average: the last one of an expert is half full. Where one or two do for
+// most, they are counted by how likely it is that an expert meets more, if tokens choose alike:
+// half a tile more for each would split k as if there were another wave.
 double expected_tiles(const Load& load, const SsmmVariant& variant) {
-  return load.experts_hit * std::max(1.0, load.tokens_each / variant.tokens + 0.5);
+  const double tile = variant.tokens, mean = load.tokens_each;
+  if (mean > 2 * tile) return load.experts_hit * (mean / tile + 0.5);
+  double tiles = 1;
+  for (int full = 1; full <= 4; ++full) {
+    // Poisson's, by the normal distribution: more than so many full tiles.
+    tiles += 0.5 * std::erfc((full * tile + 0.5 - mean) / std::sqrt(2 * mean));
+  }
+  return load.experts_hit * tiles;
 }
 
 // Slabs of the Hopper kernel: 128 dense rows.

@@ -50,12 +50,12 @@ INSTANCES = (  # m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of va
     (1, 1, 2, 1, 4, 1),
     (1, 1, 4, 1, 2, 1),
     (1, 1, 8, 1, 1, 1),
-    (1, 2, 4, 1, 2, 1),
     (1, 2, 8, 1, 1, 1),
     (1, 4, 8, 1, 1, 1),
+    (2, 4, 8, 1, 1, 1),
+    (2, 6, 8, 1, 1, 1),
     (2, 4, 4, 2, 1, 1),
     (4, 4, 4, 2, 1, 1),
-    (4, 4, 2, 4, 1, 1),
     (3, 1, 1, 1, 8, 1),  # from here on for (3, 4, V) only
     (3, 1, 2, 1, 4, 1),
     (3, 1, 4, 1, 2, 1),
@@ -66,7 +66,7 @@ INSTANCES = (  # m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of va
     (3, 6, 4, 2, 1, 1),
     (1, 24, 8, 1, 1, 2),
 )
-STAGES, BLOCKS_PER_SM, SPLITS = (2, 3, 4, 6, 8), (1, 2), (1, 2, 4, 8)
+STAGES, BLOCKS_PER_SM, SPLITS = (2, 3, 4, 5, 6, 8), (1, 2), (1, 2, 4, 8)
 
 PlanValues = tuple[int, ...]  # in the order of FIELDS
 FIELDS = (

@@ -68,10 +68,12 @@ class Loader {
   static constexpr int kChunks = kTokenBytes / kChunkBytes;      // of a row of x in a block
   static constexpr int kRowsAtOnce = Shape::kLoaders / kChunks;  // neighbours copy one row
   static constexpr int kPasses = kTokens / kRowsAtOnce;
-  static constexpr int kAtOnce = 4;  // addresses read before the first copy
+  static constexpr int kAtOnce = kPasses % 4 == 0 ? 4 : 3;  // addresses read before the first copy
   static_assert(sizeof(T) == 2, "a row of x has two bytes an element, as kTokenBytes says");
   static_assert(Shape::kLoaders % kChunks == 0, "whole rows at once");
   static_assert(kTokens % (kRowsAtOnce * kAtOnce) == 0, "rows come in whole passes");
+  // Where each expert has a tile or two, nobody else soon reads the same weights.
+  static constexpr bool kIsOnce = !Shape::kMovesRegisters || Shape::kIsTall;
   static constexpr int kBarrier = 2;  // of the loading warps; 0 and 1 are taken
 
  public:
@@ -125,9 +127,8 @@ class Loader {
       }
       __syncwarp();
       if (thread_ < Shape::kTilesPerStage && part() < parts && tile() < num_tiles_) {
-        ptx::copy_bulk<!Shape::kMovesRegisters>(to + thread_ * kBlockStride,
-                                                weights_ + step * kParts * stride_, block_bytes,
-                                                stages_.full(slot));
+        ptx::copy_bulk<kIsOnce>(to + thread_ * kBlockStride, weights_ + step * kParts * stride_,
+                                block_bytes, stages_.full(slot));
       }
     } else {
       for (int i = 0; i < Shape::kTilesPerStage; ++i) {

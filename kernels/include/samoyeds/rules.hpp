@@ -28,12 +28,20 @@ inline constexpr int kHopper = 90, kNewest = 9999;
 // clang-format off: a table
 inline constexpr Rule kRules[] = {
     // capability       V   k     tokens      waves  plan
+    {kHopper, kHopper,  64, 0,    5,   22,    0.8,   {2, 4, 8, 1, 1, 0, 1, 0, 1},
+     "H200, Mixtral-8x7B, T = 64: 206 us, 227 us as (1, 4); T = 24: 201 us, 214 us as the next rule"},
     {80, kNewest,       0,  0,    0,   7,     0.8,   {1, 1, 8, 1, 1, 0, 2, 0, 1},
      "H200, Mixtral-8x7B, T = 16: 216 us, 86 % of the byte floor"},
     {80, kNewest,       0,  0,    0,   2,     0,     {1, 1, 2, 1, 4, 0, 2, 0, 1},
      "H200, Qwen1.5-MoE, T = 1, up alone: 13.6 us; 15.7 us as the next rule"},
     {80, kNewest,       0,  0,    0,   7,     0,     {1, 1, 4, 1, 2, 0, 2, 0, 1},
      "H200, Qwen1.5-MoE, T = 16, down alone: 30.3 us; 30.6 us as the first rule"},
+    {kHopper, kHopper,  0,  0,    0,   22,    0.8,   {2, 4, 8, 1, 1, 0, 1, 0, 1},
+     "H200, V = 32, Qwen3-30B, T = 256: 105 us; 111 us as (1, 4), two of them on an SM"},
+    {kHopper, kHopper,  64, 0,    0,   37,    0.8,   {2, 6, 8, 1, 1, 0, 1, 0, 1},
+     "H200, Qwen2-57B, T = 256: 281 us; 306 us as (4, 4)"},
+    {kHopper, kHopper,  0,  0,    0,   33,    0.8,   {2, 4, 8, 1, 1, 0, 1, 0, 1},
+     "H200, V = 32, Mixtral-8x7B, T = 128: 301 us; 346 us as (2, 4) with 4 * 2 warps"},
     {80, kNewest,       0,  0,    0,   12,    0,     {1, 2, 8, 1, 1, 0, 2, 0, 1},
      "between its neighbours; H200, Qwen1.5-MoE, T = 256, up alone: 85 us; 74 us as the next rule"},
     {80, kNewest,       0,  0,    0,   20,    0,     {1, 4, 8, 1, 1, 0, 2, 0, 1},

@@ -25,10 +25,14 @@ struct SsmmShape {
   static constexpr int kTilesTogether = kIsStepped ? kSlots : 1;
   // More accumulators want more registers than two thread blocks can have.
   static constexpr int kMinBlocks = kMFrags * kNFrags > (kIsStepped ? 6 : 4) ? 1 : 2;
+  // Fragments of tokens are left out in such steps where a tile is not full. Those made for experts
+  // of few tokens, whose last tile is mostly the only one, have more steps.
+  static constexpr bool kIsTall = kMFrags == 2 && kWarpsN == 1;
+  static constexpr int kLiveStep = kNFrags <= 2 ? kNFrags : kIsTall ? kNFrags / 3 : kNFrags / 2;
   // Large products have a kernel for each period: four copies of their loop would spill registers.
   static constexpr bool kIsLarge = kMFrags * kNFrags > (kIsStepped ? 6 : 2);
   // The largest take registers from the warps that load, as only sm_90a can: four warps at a time.
-  static constexpr bool kMovesRegisters = kMFrags * kNFrags > 12;
+  static constexpr bool kMovesRegisters = kMFrags * kNFrags > (kIsStepped ? 12 : 8);
   static constexpr int kLoaders = (kMinBlocks == 1 ? 4 : 1) * kWarpThreads;
   static constexpr int kThreads = kConsumers + kLoaders;
   static_assert(sizeof(T) == 2, "the matrix instruction takes 16-bit elements");
@@ -60,18 +64,17 @@ __device__ __forceinline__ void multiply_live(typename Shape::Accumulators& acc,
   }
 }
 
-// Only the first `live` fragments of tokens hold any, as the last tile of an expert is seldom full:
-// where that is half of them or less, the other half is left out.
-template <class Shape, int kSwitchPeriod>
+// Only the first `live` fragments of tokens hold any, as the last tile of an expert is seldom full.
+template <class Shape, int kSwitchPeriod, int kLive = Shape::kNFrags>
 __device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, std::uint32_t weights,
                                          std::uint32_t tokens, int live, int period) {
-  constexpr int kNFrags = Shape::kNFrags;
-  if constexpr (kNFrags > 2) {
-    if (live <= kNFrags / 2) {
-      return multiply_live<Shape, kSwitchPeriod, kNFrags / 2>(acc, weights, tokens, period);
+  constexpr int kFewer = kLive - Shape::kLiveStep;
+  if constexpr (kFewer > 0) {
+    if (live <= kFewer) {
+      return multiply<Shape, kSwitchPeriod, kFewer>(acc, weights, tokens, live, period);
     }
   }
-  multiply_live<Shape, kSwitchPeriod, kNFrags>(acc, weights, tokens, period);
+  multiply_live<Shape, kSwitchPeriod, kLive>(acc, weights, tokens, period);
 }
 
 // The warps that load: ahead of the others by as many stages as there are, into the next items too.

@@ -64,9 +64,9 @@ const SsmmVariant* variants() {
   static const SsmmVariant table[kNumVariants] = {
       variant<SsmmShape<T, 1, 1, 1, 1, 8>>(), variant<SsmmShape<T, 1, 1, 2, 1, 4>>(),
       variant<SsmmShape<T, 1, 1, 4, 1, 2>>(), variant<SsmmShape<T, 1, 1, 8, 1, 1>>(),
-      variant<SsmmShape<T, 1, 2, 4, 1, 2>>(), variant<SsmmShape<T, 1, 2, 8, 1, 1>>(),
-      variant<SsmmShape<T, 1, 4, 8, 1, 1>>(), variant<SsmmShape<T, 2, 4, 4, 2, 1>>(),
-      variant<SsmmShape<T, 4, 4, 4, 2, 1>>(), variant<SsmmShape<T, 4, 4, 2, 4, 1>>(),
+      variant<SsmmShape<T, 1, 2, 8, 1, 1>>(), variant<SsmmShape<T, 1, 4, 8, 1, 1>>(),
+      variant<SsmmShape<T, 2, 4, 8, 1, 1>>(), variant<SsmmShape<T, 2, 6, 8, 1, 1>>(),
+      variant<SsmmShape<T, 2, 4, 4, 2, 1>>(), variant<SsmmShape<T, 4, 4, 4, 2, 1>>(),
       variant<SsmmShape<T, 3, 1, 1, 1, 8>>(), variant<SsmmShape<T, 3, 1, 2, 1, 4>>(),
       variant<SsmmShape<T, 3, 1, 4, 1, 2>>(), variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
       variant<SsmmShape<T, 3, 1, 4, 2, 1>>(), variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
