@@ -113,6 +113,10 @@ def _format_version() -> int:
 
 
 def _version(name: str) -> str:
+    if name == "torch":
+        import torch
+
+        return str(torch.__version__)  # says which build it is, as the wheel's metadata does not
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -173,7 +173,7 @@ def is_installed():
 
 @pytest.mark.skipif(not is_installed(), reason="autoload needs the installed package")
 def test_the_unmodified_lm_eval_command_gives_the_same_numbers(sparse_dir, tmp_path):
-    settings = {"num_fewshot": 2, "limit": 40, "device": "cpu"}
+    settings = {"num_fewshot": 2, "limit": 12, "device": "cpu"}
     ours = evaluate(sparse_dir, "python_cloze", include_path=TASKS, **settings)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "python_cloze"]
     command += ["--model_args", f"pretrained={sparse_dir}", "--include_path", str(TASKS)]

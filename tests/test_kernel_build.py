@@ -31,6 +31,13 @@ SOURCES = sorted(path.name for path in (KERNELS / "src").glob("*.cu"))
 NO_SPILLS = "0 bytes spill stores, 0 bytes spill loads"
 TRAP_BYTES = 512  # 32 instructions, most of them padding
 MACHINES = ("80", "86", "89", "90a")  # what there is machine code for
+# fp16 differs from bf16 by an instruction, and 86 and 89 have the paths of 80.
+COMPILED = [
+    (source, arch)
+    for source in SOURCES
+    for arch in MACHINES
+    if source != "ssmm_fp16.cu" or arch in ("80", "90a")
+]
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,8 +79,7 @@ def test_a_wheel_holds_every_architecture(commands: dict[str, list[str]]) -> Non
         assert "-Werror=all-warnings" in command
 
 
-@pytest.mark.parametrize("arch", MACHINES)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("source", "arch"), COMPILED)
 def test_compiles_to_what_it_should(
     source: str, arch: str, configured: Path, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
