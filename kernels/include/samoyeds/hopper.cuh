@@ -28,8 +28,10 @@ __device__ __forceinline__ void for_size(int live, Run&& run) {
 template <class Buffers>
 __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    buffers.wait_for_weights(turn.slot, turn.parity);
-    buffers.release_weights(turn.slot);
+    for (int part = 0; part < Buffers::kWeightParts; ++part) {
+      buffers.wait_for_weights(turn.slot, turn.parity, part);
+      buffers.release_weights(turn.slot, part);
+    }
     for (int half = 0; half < Buffers::kHalves; ++half) {
       buffers.wait_for_tokens(turn.slot, half, turn.parity);
       buffers.release_tokens(turn.slot, half);

@@ -47,8 +47,9 @@ struct SlabWork {
 // The shared memory of a thread block: a ring of slots, each a block of k, and results on their way
 // out. A slot has three parts: the weights of every slab, and two halves of the block of the
 // tokens, a panel each. Each part is filled again as soon as it is read itself, weights once they
-// are in registers or, where N = M, multiplied: `full` completes when the copies are there, `empty`
-// when every warp that multiplies is done with it, of tokens those of the whole cluster.
+// are in registers or, where N = M and they are two parts, multiplied: `full` completes when the
+// copies are there, `empty` when every warp that multiplies is done with it, of tokens those of the
+// whole cluster.
 // kSwitchPeriod: 0 where N = M, else as switch_period().
 //
 // Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
@@ -73,7 +74,10 @@ struct HopperBuffers {
   // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
   // more often costs more than it gives, so there a slot is one part.
   static constexpr bool kIsSplit = kSwitchPeriod == 0 || kSwitchPeriod == 4;
-  static constexpr int kParts = kIsSplit ? 1 + kHalves : 1;
+  // N = M: a warpgroup's first 64 kept rows of a block, which it multiplies first, and the others.
+  static constexpr int kWeightParts = kSwitchPeriod == 0 ? 2 : 1;
+  static constexpr int kPartTiles = kSlabTiles / kWeightParts;  // of a slab
+  static constexpr int kParts = kIsSplit ? kWeightParts + kHalves : 1;
   static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
@@ -106,16 +110,20 @@ struct HopperBuffers {
   __device__ std::uint32_t weights(int slot) const {
     return numbers(Shape::kGroups) + slot * kWeightBytes;
   }
-  __device__ std::uint32_t full_weights(int slot) const { return weights(kSlots) + slot * 8; }
-  __device__ std::uint32_t empty_weights(int slot) const { return full_weights(kSlots + slot); }
+  __device__ std::uint32_t full_weights(int slot, int part = 0) const {
+    return barrier(slot * kWeightParts + part);
+  }
+  __device__ std::uint32_t empty_weights(int slot, int part = 0) const {
+    return full_weights(kSlots + slot, part);
+  }
   __device__ std::uint32_t full_tokens(int slot, int half) const {
-    return full_weights(kIsSplit ? 2 * kSlots + slot * kHalves + half : slot);
+    return barrier(kIsSplit ? 2 * kSlots * kWeightParts + slot * kHalves + half : slot);
   }
   __device__ std::uint32_t empty_tokens(int slot, int half) const {
     return full_tokens(kSlots + slot, half);
   }
   __device__ std::uint32_t staged(int group, int pass) const {
-    return full_weights(2 * kSlots * kParts) + (group * kMaxPasses + pass) * 8;
+    return barrier(2 * kSlots * kParts + group * kMaxPasses + pass);
   }
   __device__ std::uint32_t item(int slot) const {
     return staged(Shape::kGroups, 0) + kRounds * 8 + slot * kItemBytes;
@@ -127,8 +135,11 @@ struct HopperBuffers {
   __device__ void init() const {
     constexpr int kReaders = Shape::kGroups * kGroupWarps;
     for (int slot = 0; slot < kSlots; ++slot) {
-      ptx::init_barrier(full_weights(slot), 1);
-      ptx::init_barrier(empty_weights(slot), kIsSplit ? kReaders : Shape::kCluster * kReaders);
+      for (int part = 0; part < kWeightParts; ++part) {
+        ptx::init_barrier(full_weights(slot, part), 1);
+        ptx::init_barrier(empty_weights(slot, part),
+                          kIsSplit ? kReaders : Shape::kCluster * kReaders);
+      }
       for (int half = 0; half < kHalves && kIsSplit; ++half) {
         ptx::init_barrier(full_tokens(slot, half), 1);
         ptx::init_barrier(empty_tokens(slot, half), Shape::kCluster * kReaders);
@@ -160,8 +171,9 @@ struct HopperBuffers {
 
   // Weights come first, then the tokens, half by half. What is no part of its own is there, and is
   // released, with the others.
-  __device__ __forceinline__ void wait_for_weights(int slot, std::uint32_t parity) const {
-    ptx::wait(full_weights(slot), parity);
+  __device__ __forceinline__ void wait_for_weights(int slot, std::uint32_t parity,
+                                                   int part = 0) const {
+    ptx::wait(full_weights(slot, part), parity);
   }
   __device__ __forceinline__ void wait_for_tokens(int slot, int half, std::uint32_t parity) const {
     if constexpr (kIsSplit) ptx::wait(full_tokens(slot, half), parity);
@@ -187,10 +199,10 @@ struct HopperBuffers {
 
   // By a whole warp that has read a part of a slot. Of tokens one arrival stands for it in each
   // thread block of the cluster, as they load for each other.
-  __device__ __forceinline__ void release_weights(int slot) const {
+  __device__ __forceinline__ void release_weights(int slot, int part = 0) const {
     if constexpr (kIsSplit) {
       __syncwarp();
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot));
+      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot, part));
     }
   }
   __device__ __forceinline__ void release_tokens(int slot, int half) const {
@@ -245,6 +257,7 @@ struct HopperBuffers {
     return (pass % kOwn == 0 ? kFreeBarrier : kOtherFreeBarrier) + group;
   }
 
+  __device__ std::uint32_t barrier(int number) const { return weights(kSlots) + number * 8; }
   __device__ std::uint32_t told(int round) const {
     return staged(Shape::kGroups, 0) + round % kRounds * 8;
   }

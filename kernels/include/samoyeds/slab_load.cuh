@@ -77,6 +77,9 @@ template <class Shape, class Buffers>
 __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                              const Buffers& buffers) {
   static_assert(kBundleTiles % Buffers::kSlabTiles == 0, "a slab lies in one bundle");
+  // Of a copy: what a bundle has of a part, of two slabs where that is all of them.
+  constexpr int kParts = Buffers::kWeightParts, kTiles = kBundleTiles / kParts;
+  static_assert(kParts == 1 || kTiles == Buffers::kPartTiles, "a bundle is a slab, or parts whole");
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
   const Layout& layout = args.layout;
   Turn turn;
@@ -86,21 +89,23 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
     const int count = work.num_slabs() * Buffers::kSlabTiles;
     const int last_at_once = min(Buffers::kSlots, layout.blocks) - 1;
     for (int block = 0; block < layout.blocks; ++block) {
-      ptx::wait(buffers.empty_weights(turn.slot), turn.parity ^ 1);
-      if (is_leader) {
-        if constexpr (Buffers::kIsSplit) {  // else load_tokens() announces them
-          if (block == 0) buffers.put_item(turn.slot, work);
-          ptx::arrive_expecting(buffers.full_weights(turn.slot), count * layout.block_bytes);
+      for (int part = 0; part < kParts; ++part) {
+        ptx::wait(buffers.empty_weights(turn.slot, part), turn.parity ^ 1);
+        if (is_leader) {
+          const std::uint32_t full = buffers.full_weights(turn.slot, part);
+          if constexpr (Buffers::kIsSplit) {  // else load_tokens() announces them
+            if (block == 0 && part == 0) buffers.put_item(turn.slot, work);
+            ptx::arrive_expecting(full, count / kParts * layout.block_bytes);
+          }
+          // Contiguous: where it is two slabs, the first is even, see SlabScheduler::of().
+          for (int tile = part * kTiles; tile < count; tile += kBundleTiles) {
+            const int bytes = min(kTiles, count - tile) * layout.block_bytes;
+            ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileBytes,
+                                  expert + block_offset(layout, first + tile, block), bytes, full);
+          }
         }
-        // Contiguous: where it is two slabs, the first is even, see SlabScheduler::of().
-        for (int tile = 0; tile < count; tile += kBundleTiles) {
-          const int bytes = min(kBundleTiles, count - tile) * layout.block_bytes;
-          ptx::copy_bulk<false>(buffers.weights(turn.slot) + tile * Buffers::kTileBytes,
-                                expert + block_offset(layout, first + tile, block), bytes,
-                                buffers.full_weights(turn.slot));
-        }
+        __syncwarp();
       }
-      __syncwarp();
       turn.advance(Buffers::kSlots);
       if (block == last_at_once) look_ahead();
     }

@@ -114,7 +114,6 @@ template <class Shape, int kSwitchPeriod, int kLive, class Buffers>
 class SlabProduct {
   using T = typename Shape::T;
   static constexpr int kSums = kLive / 2;
-  static constexpr int kHalfSlabTiles = Buffers::kSlabTiles / 2;  // N = M: 64 kept rows
 
  public:
   // `first_tile`: this warp's of the thread block's tiles of 16 kept rows.
@@ -166,10 +165,16 @@ class SlabProduct {
     if constexpr (kSwitchPeriod != 0) {
       first_.template load<0, true>(tile_of(slot));
     } else {
+      load_part_meta(slot, 0);
+    }
+  }
+
+  // N = M: of the first 64 kept rows, or the others.
+  __device__ __forceinline__ void load_part_meta(int slot, int part) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        meta_[i] = load_meta(tile_of(slot) + i / 2 * kHalfSlabTiles * Buffers::kTileBytes, i % 2);
-      }
+    for (int half = 0; half < 2; ++half) {
+      meta_[2 * part + half] =
+          load_meta(tile_of(slot) + part * Buffers::kPartTiles * Buffers::kTileBytes, half);
     }
   }
 
@@ -247,47 +252,54 @@ class SlabProduct {
     ptx::wgmma_wait_for<kSums>(acc_.d);
   }
 
-  // N = M: two times 64 kept rows. All of a block is waited for: with half of one always under way
-  // the warpgroups' instructions alternate, and products took 36 % longer.
+  // N = M: two times 64 kept rows, the first with all of the block's tokens, so that their weights
+  // are on their way again while the others are multiplied. All of a block is waited for: with half
+  // of one always under way the warpgroups' instructions alternate, and products took 36 % longer.
   template <typename Next>
   __device__ __forceinline__ void two_times(Next&& load_next) {
     wait_for_tokens(0);
-    start_pairs<0>();
+    ptx::wgmma_fence();
+    start_part<0, 0>(acc_.d);
     wait_for_tokens(1);
-    start_pairs<1>();
+    start_part<0, 1>(acc_.d);
+    ptx::wgmma_commit();
+    buffers_.wait_for_weights(slot_, parity_, 1);
+    load_part_meta(slot_, 1);
+    ptx::wgmma_fence();
+    start_part<1, 0>(acc_.odd);
+    ptx::wgmma_commit();
+    start_part<1, 1>(acc_.odd);
+    ptx::wgmma_commit();
+    adds_ = true;
+    ptx::wgmma_wait<2>();
+    buffers_.release_weights(slot_, 0);
     ptx::wgmma_wait<1>();
     release(0);
     ptx::wgmma_wait_for<kSums>(acc_.d);
     ptx::wgmma_wait_for<kSums>(acc_.odd);
-    buffers_.release_weights(slot_);
+    buffers_.release_weights(slot_, 1);
     release(1);
     load_next();
   }
 
-  // Half a block of both.
-  template <int kHalf>
-  __device__ __forceinline__ void start_pairs() {
-    ptx::wgmma_fence();
-    start_pair<2 * kHalf>();
-    start_pair<2 * kHalf + 1>();
-    ptx::wgmma_commit();
+  // Two steps, of half of the block's tokens.
+  template <int kPart, int kHalf, int kSize>
+  __device__ __forceinline__ void start_part(float (&d)[kSize]) {
+    start_step<kPart, 2 * kHalf>(d, kHalf > 0 || adds_);
+    start_step<kPart, 2 * kHalf + 1>(d, true);
   }
 
-  template <int kStep>
-  __device__ __forceinline__ void start_pair() {
+  template <int kPart, int kStep, int kSize>
+  __device__ __forceinline__ void start_step(float (&d)[kSize], bool adds) {
     const std::uint64_t tokens =
         ptx::matrix_descriptor(buffers_.tokens(slot_, kStep / 2), kStep % 2 * kStepCols * 2);
-    const bool adds = kStep > 0 || adds_;
-    ptx::multiply_sparse_async<T, kLive, kStep % 2>(acc_.d, weights(0, kStep), tokens,
-                                                    meta_[kStep / 2], adds);
-    ptx::multiply_sparse_async<T, kLive, kStep % 2>(acc_.odd, weights(1, kStep), tokens,
-                                                    meta_[2 + kStep / 2], adds);
-    adds_ = true;
+    ptx::multiply_sparse_async<T, kLive, kStep % 2>(d, weights(kPart, kStep), tokens,
+                                                    meta_[2 * kPart + kStep / 2], adds);
   }
 
-  // Of the first or second 64 kept rows of this warpgroup's slab.
-  __device__ __forceinline__ std::uint64_t weights(int which, int step) const {
-    const int first_tile = first_tile_ / kGroupWarps * kGroupWarps + which * kHalfSlabTiles;
+  // Of the first 64 kept rows of this warpgroup's slab, or the others.
+  __device__ __forceinline__ std::uint64_t weights(int part, int step) const {
+    const int first_tile = first_tile_ / kGroupWarps * kGroupWarps + part * Buffers::kPartTiles;
     const std::uint32_t block = buffers_.weights(slot_) + first_tile * Buffers::kTileBytes;
     return ptx::plain_descriptor(block + matrix_offset(step, 0), kMatrixBytes, kHalfBytes);
   }
