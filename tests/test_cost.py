@@ -9,12 +9,19 @@ import torch
 from checkpoints import save_dense
 from tiny_models import BY_NAME, PATTERN
 
-from samoyeds_hf import SamoyedsConfig
+from samoyeds_hf import SamoyedsConfig, SparsityPattern
 from samoyeds_hf.plan import ConversionPlan, plan_conversion
 from samoyeds_hf.pruning import METHODS, cost
-from samoyeds_hf.pruning.cost import Cost, estimate, estimate_distillation, measure_rate
+from samoyeds_hf.pruning.cost import (
+    Cost,
+    estimate,
+    estimate_distillation,
+    measure_calls,
+    measure_rate,
+)
 from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
+from samoyeds_hf.pruning.permute import search_of
 from samoyeds_hf.pruning.recover import BlockSettings
 
 CPU = torch.device("cpu")
@@ -64,6 +71,26 @@ def test_following_the_dense_model_is_counted_from_shapes(plan: ConversionPlan) 
     )
     found = followed - plain
     assert found == 2 * 1000 * 2 * (dense + 2 * experts + moments + beside)
+
+
+def test_the_search_for_orders_of_neurons_takes_its_time(
+    plan: ConversionPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "measure_calls", lambda _: (1.0, 0.0))
+    calls = search_of(4, 128, 64, SparsityPattern.parse(PATTERN), SparsityPattern.parse(PATTERN))
+    plain, searched = cost_of(plan), cost_of(plan, permute=True)
+    assert plain.search_seconds == 0 < calls.calls
+    assert searched.search_seconds == 2 * calls.calls  # layers
+    assert searched.seconds == plain.seconds + 2 * calls.calls
+    # experts one after the other
+    apart = cost_of(plan, permute=True, moments_bytes=1)
+    assert apart.search_seconds == 4 * searched.search_seconds
+    # every element counts, of all experts together or not
+    monkeypatch.setattr(cost, "measure_calls", lambda _: (0.0, 1.0))
+    assert cost_of(plan, permute=True).search_seconds == 2 * calls.elements
+    assert cost_of(plan, permute=True, moments_bytes=1).search_seconds == 2 * calls.elements
+    assert " of it for the order of neurons, " in str(searched)
+    assert "neurons" not in str(plain)
 
 
 def test_hidden_states_of_every_token_are_in_memory(plan: ConversionPlan) -> None:
@@ -136,5 +163,8 @@ def test_it_reads(seconds: float, text: str) -> None:
     assert "1.00 GB there, and 2.00 GB of hidden states" in line
 
 
-def test_the_rate_is_measured() -> None:
+def test_rates_are_measured() -> None:
     assert 1e8 < measure_rate(CPU) < 1e14
+    call, element = measure_calls(CPU)
+    assert 1e-8 < call < 1e-2
+    assert 0 <= element < 1e-6

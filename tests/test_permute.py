@@ -8,6 +8,8 @@ import torch
 from checkpoints import save_dense
 from helpers import silu_gate
 from tiny_models import BY_NAME, PATTERN, logits, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from samoyeds_hf import SamoyedsConfig, SparsityPattern
@@ -16,7 +18,7 @@ from samoyeds_hf.errors import PatternError
 from samoyeds_hf.pruning import Pruned, SecondMoments, permute, prune_experts
 from samoyeds_hf.pruning.calibration import CalibrationData
 from samoyeds_hf.pruning.layer import PruneSettings
-from samoyeds_hf.pruning.permute import Down, pairing, permute_intermediate
+from samoyeds_hf.pruning.permute import Down, pairing, permute_intermediate, search_of
 from samoyeds_hf.pruning.projection import project
 from samoyeds_hf.pruning.walk import prune_model
 from samoyeds_hf.selection import select
@@ -200,6 +202,73 @@ def whole(weight: torch.Tensor, *_: object, **__: object) -> Pruned:
     everything = torch.ones_like(weight, dtype=torch.bool)
     zeros = torch.zeros(len(weight), dtype=torch.float64)
     return Pruned(weight, everything, zeros, ((),) * len(weight))
+
+
+class Counting(TorchDispatchMode):
+    """Operations, without views, and the elements that they read or write."""
+
+    VIEWS = frozenset(
+        (
+            "view",
+            "_unsafe_view",
+            "expand",
+            "unsqueeze",
+            "unbind",
+            "t",
+            "transpose",
+            "slice",
+            "select",
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            # of what is looked up, or replaced in place, only as much as there is of it
+            touched = {"index_select": (out, out), "index_copy_": args[-1:] * 2}.get(
+                name, (args, out)
+            )
+            tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, torch.Tensor)]
+            self.calls += 1
+            self.elements += sum(tensor.numel() for tensor in tensors)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("experts", "neurons", "hidden", "pattern", "of_down"),
+    [
+        (4, 256, 128, "1:2:64", "1:2:64"),
+        (4, 256, 128, "2:4", "2:4"),  # gate and up have no say
+        (8, 128, 256, "1:2:32", "2:4"),
+        (4, 96, 64, "8:16:32", "8:16:32"),
+    ],
+)
+def test_what_a_search_takes_is_known_from_shapes(
+    experts: int, neurons: int, hidden: int, pattern: str, of_down: str
+) -> None:
+    gate_up, weight, hessian, squares = example(experts, neurons, hidden)
+    kinds = SparsityPattern.parse(pattern), SparsityPattern.parse(of_down)
+    found = []
+    for tries in (1, 2):
+        with Counting() as counting:
+            down = Down(weight, kinds[1], squares)
+            pairing(gate_up, kinds[0], hessian, down=down, tries=tries)
+        found.append(counting)
+    expected = search_of(experts, neurons, hidden, *kinds)
+    calls = permute.TRIES * (found[1].calls - found[0].calls)
+    elements = permute.TRIES * (found[1].elements - found[0].elements)
+    assert calls == pytest.approx(expected.calls, rel=0.3)
+    assert elements == pytest.approx(expected.elements, rel=0.3)
+
+
+def test_where_no_order_is_better_nothing_is_searched() -> None:
+    kinds = SparsityPattern.parse("2:4"), SparsityPattern.parse("1:2:128")
+    assert search_of(4, 128, 64, *kinds).calls == 0  # a single region of down
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

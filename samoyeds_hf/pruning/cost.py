@@ -17,6 +17,7 @@ from samoyeds_hf.models import reads_intermediate
 from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.pruning.memory import peak_memory
 from samoyeds_hf.pruning.operations import operations
+from samoyeds_hf.pruning.permute import search_of
 from samoyeds_hf.pruning.recover import PASSES
 from samoyeds_hf.report import format_bytes
 
@@ -36,6 +37,7 @@ _MASKED_BYTES, _WHOLE_BYTES = 24, 20  # of an element that recovery by layers tr
 _MASKED_TRAINING, _WHOLE_TRAINING = 20, 16  # of one that distillation trains, see masters.py
 _STATE_BYTES = 12  # of it in a file to go on from: master and moments
 _SIZE_ON_CPU, _SIZE_ON_GPU = 1024, 4096  # of the product that is timed
+_TOUCHED_ON_CPU, _TOUCHED_ON_GPU = 1 << 18, 1 << 22  # elements of what else is
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,19 @@ class Cost(_Time):
 
     device_bytes: int  # one layer, its masks, and the more of pruning and recovery by layers
     host_bytes: int  # hidden states, and what experts were called with
+    search_seconds: float = 0.0  # for orders of neurons, see permute.py
+
+    @property
+    def seconds(self) -> float:
+        """Of computing; reading and writing files comes on top."""
+        return super().seconds + self.search_seconds
 
     def __str__(self) -> str:
+        search = ""
+        if self.search_seconds > 0:
+            search = f", {_duration(self.search_seconds)} of it for the order of neurons"
         return (
-            f"calibration: {self._text}, {format_bytes(self.device_bytes)} there, and "
+            f"calibration: {self._text}{search}, {format_bytes(self.device_bytes)} there, and "
             f"{format_bytes(self.host_bytes)} of hidden states in memory"
         )
 
@@ -123,6 +134,7 @@ def estimate(
         rate=measure_rate(device),
         device_bytes=max(_device_bytes(weights, settings) for weights in layers.values()),
         host_bytes=num_tokens * (kept + top_k * (8 + itemsize)),
+        search_seconds=_search_seconds(plan, settings, device) if settings.permute else 0.0,
     )
 
 
@@ -192,6 +204,55 @@ def measure_rate(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
+def measure_calls(device: torch.device) -> tuple[float, float]:
+    """Seconds that a device takes to start an operation on a tensor, and for an element that one
+    reads or writes.
+    """
+
+    def seconds(size: int, count: int) -> float:
+        x, y = torch.randn(2, size, device=device)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            for _ in range(count):
+                z = torch.maximum(x, y)
+            float(z[0])
+            best = min(best, time.perf_counter() - start)
+        return best / count
+
+    size = _TOUCHED_ON_GPU if device.type == "cuda" else _TOUCHED_ON_CPU
+    call = seconds(1, 1000)
+    return call, max(0.0, seconds(size, 20) - call) / (3 * size)
+
+
+def _search_seconds(plan: ConversionPlan, settings: PruneSettings, device: torch.device) -> float:
+    """Of the search for orders of the neurons of fused experts."""
+    call, element = measure_calls(device)
+    shapes = {spec.name: spec.shape for unit in plan.units for spec in unit.outputs.values()}
+    total = 0.0
+    for name, pattern in plan.patterns.items():
+        experts, *sizes = shapes[name]
+        if len(sizes) != 2 or reads_intermediate(name):
+            continue
+        beside = name.rpartition(".")[0] + "."
+        down = next(
+            other
+            for other in plan.patterns
+            if other.startswith(beside) and reads_intermediate(other)
+        )
+        neurons, hidden = sizes[0] // 2, sizes[1]
+        group = _group_of(experts, hidden, settings)
+        search = search_of(group, neurons, hidden, pattern, plan.patterns[down])
+        rounds = -(-experts // group)
+        total += rounds * (search.calls * call + search.elements * element)
+    return total
+
+
+def _group_of(experts: int, k: int, settings: PruneSettings) -> int:
+    """How many of them have their moments in memory together."""
+    return max(1, min(experts, settings.moments_bytes // (4 * k**2)))
+
+
 def _weights_by_layer(
     plan: ConversionPlan, num_tokens: int, top_k: int
 ) -> dict[int, list[_Weight]]:
@@ -245,7 +306,7 @@ def _device_bytes(weights: list[_Weight], settings: PruneSettings) -> int:
     work = []
     for weight in weights:
         if weight.is_pruned:
-            group = max(1, min(weight.experts, settings.moments_bytes // (4 * weight.k**2)))
+            group = _group_of(weight.experts, weight.k, settings)
             moments = 4 * group * weight.k**2
             if settings.follows_dense:
                 moments += 4 * group * weight.k**2

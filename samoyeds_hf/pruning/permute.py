@@ -86,14 +86,48 @@ def pairing(
             )
         down.pattern.check_fits(down.weight.shape[1], neurons, "down")
         sides.append(_Columns(down))
-    if pattern.n < pattern.m and rows % 2 == 0 and neurons % pattern.m == 0:
-        both = math.lcm(pattern.m, *(side.region for side in sides))
-        if neurons % both == 0:
-            sides.append(_Rows(gate_up, hessian.diagonal, pattern))
+    if rows % 2 == 0 and _looks_at_rows(neurons, pattern, [side.region for side in sides]):
+        sides.append(_Rows(gate_up, hessian.diagonal, pattern))
     region = math.lcm(*(side.region for side in sides))
     if sides and neurons // region > 1:
         _search(order, sides, region, tries, seed)
     return order
+
+
+@dataclass(frozen=True)
+class Search:
+    """What :func:`pairing` with both halves of an expert does, from shapes alone: many operations
+    on little data, so that starting them counts.
+    """
+
+    calls: float  # operations on tensors
+    elements: float  # that they read or write
+
+
+def search_of(
+    experts: int,
+    neurons: int,
+    hidden: int,
+    pattern: SparsityPattern,  # of gate and up
+    down: SparsityPattern,
+) -> Search:
+    """The search for the orders of ``experts`` experts together, leading terms only."""
+    columns = _region_of(down, neurons)
+    has_rows = _looks_at_rows(neurons, pattern, [columns])
+    regions = neurons // (math.lcm(pattern.m, columns) if has_rows else columns)
+    if regions < 2:
+        return Search(0, 0)
+    tries = TRIES * max(neurons // regions, _LEAST)
+    places = experts * (regions // 2 * 2)  # of neurons that a try swaps
+    compared = 1 if columns == GROUP else 2  # orders whose groups a try looks at
+    # a group of four rows of H is gathered, and the sum of its two largest takes seven operations
+    elements = places * hidden * (compared * (2 * GROUP + 7 * 3) + 18)
+    calls = 38
+    if has_rows:
+        chunks = 2 * hidden // pattern.sub_row(hidden)  # of gate and of up
+        elements += places * 2 * pattern.m * chunks * 3
+        calls += 7
+    return Search(tries * calls, tries * elements)
 
 
 def permute_intermediate(
@@ -121,6 +155,17 @@ def permute_intermediate(
         gate_up.gather(1, rows.unsqueeze(-1).expand(-1, -1, gate_up.shape[2])),
         down.gather(2, columns),
     )
+
+
+def _region_of(down: SparsityPattern, neurons: int) -> int:
+    """Neighbouring columns of down that are pruned together: a group, or a Sub-Row's."""
+    return GROUP if down.n == down.m else down.sub_row(neurons)
+
+
+def _looks_at_rows(neurons: int, pattern: SparsityPattern, others: list[int]) -> bool:
+    """Whether the order of neurons means something to gate and up, beside other regions."""
+    is_divided = neurons % pattern.m == 0 and neurons % math.lcm(pattern.m, *others) == 0
+    return pattern.n < pattern.m and is_divided
 
 
 class _Side(Protocol):
@@ -227,9 +272,7 @@ class _Columns:
     def __init__(self, down: Down) -> None:
         self.pattern = down.pattern
         experts, rows, neurons = down.weight.shape
-        self.region = GROUP
-        if down.pattern.n < down.pattern.m:
-            self.region = down.pattern.sub_row(neurons)
+        self.region = _region_of(down.pattern, neurons)
         scores = []
         for own, squares in zip(down.weight, down.squares, strict=True):
             score = own.to(squares.dtype).square().mul_(squares)  # [H, I]
