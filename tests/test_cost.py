@@ -16,8 +16,8 @@ from samoyeds_hf.pruning.cost import (
     Cost,
     estimate,
     estimate_distillation,
-    measure_calls,
     measure_rate,
+    measure_search,
 )
 from samoyeds_hf.pruning.distill_settings import DistillSettings
 from samoyeds_hf.pruning.layer import PruneSettings
@@ -76,7 +76,7 @@ def test_following_the_dense_model_is_counted_from_shapes(plan: ConversionPlan) 
 def test_the_search_for_orders_of_neurons_takes_its_time(
     plan: ConversionPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "measure_calls", lambda _: (1.0, 0.0))
+    monkeypatch.setattr(cost, "measure_search", lambda _: (1.0, 0.0))
     calls = search_of(4, 128, 64, SparsityPattern.parse(PATTERN), SparsityPattern.parse(PATTERN))
     plain, searched = cost_of(plan), cost_of(plan, permute=True)
     assert plain.search_seconds == 0 < calls.calls
@@ -86,7 +86,7 @@ def test_the_search_for_orders_of_neurons_takes_its_time(
     apart = cost_of(plan, permute=True, moments_bytes=1)
     assert apart.search_seconds == 4 * searched.search_seconds
     # every element counts, of all experts together or not
-    monkeypatch.setattr(cost, "measure_calls", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(cost, "measure_search", lambda _: (0.0, 1.0))
     assert cost_of(plan, permute=True).search_seconds == 2 * calls.elements
     assert cost_of(plan, permute=True, moments_bytes=1).search_seconds == 2 * calls.elements
     assert " of it for the order of neurons, " in str(searched)
@@ -165,6 +165,6 @@ def test_it_reads(seconds: float, text: str) -> None:
 
 def test_rates_are_measured() -> None:
     assert 1e8 < measure_rate(CPU) < 1e14
-    call, element = measure_calls(CPU)
+    call, element = measure_search(CPU)
     assert 1e-8 < call < 1e-2
     assert 0 <= element < 1e-6

@@ -70,7 +70,8 @@ def test_more_is_kept_by_exactly_what_the_search_counted(text, down_text, monkey
         take = sides[-1].take
 
         def remember(accepted):
-            counted.add_((last["gain"] * accepted).sum(dim=1))
+            pairs = accepted[:, : accepted.shape[1] // 2]  # both neurons of each
+            counted.add_((last["gain"] * pairs).sum(dim=1))
             take(accepted)
 
         last = {}

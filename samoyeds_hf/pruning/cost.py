@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from samoyeds_hf.models import reads_intermediate
+from samoyeds_hf.pattern import SparsityPattern
 from samoyeds_hf.pruning.decoder import Decoder
 from samoyeds_hf.pruning.memory import peak_memory
+from samoyeds_hf.pruning.moments import Hessian
 from samoyeds_hf.pruning.operations import operations
-from samoyeds_hf.pruning.permute import search_of
+from samoyeds_hf.pruning.permute import TRIES, Down, pairing, search_of
 from samoyeds_hf.pruning.recover import PASSES
 from samoyeds_hf.report import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
     from samoyeds_hf.plan import ConversionPlan
@@ -204,30 +208,46 @@ def measure_rate(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def measure_calls(device: torch.device) -> tuple[float, float]:
-    """Seconds that a device takes to start an operation on a tensor, and for an element that one
-    reads or writes.
+def measure_search(device: torch.device) -> tuple[float, float]:
+    """Seconds of a search for orders of neurons: of an operation, as of a small search, and of an
+    element that one reads or writes.
     """
 
-    def seconds(size: int, count: int) -> float:
-        x, y = torch.randn(2, size, device=device)
-        best = math.inf
+    def best(run: Callable[[], torch.Tensor]) -> float:
+        seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            for _ in range(count):
-                z = torch.maximum(x, y)
-            float(z[0])
-            best = min(best, time.perf_counter() - start)
-        return best / count
+            float(run().flatten()[0])
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
-    size = _TOUCHED_ON_GPU if device.type == "cuda" else _TOUCHED_ON_CPU
-    call = seconds(1, 1000)
-    return call, max(0.0, seconds(size, 20) - call) / (3 * size)
+    pattern, hidden, neurons = SparsityPattern(1, 2, 32), 32, 128
+    gate_up = torch.randn(1, 2 * neurons, hidden, device=device)
+    down = Down(gate_up[:, :neurons].mT, pattern, torch.ones(1, neurons, device=device))
+    hessian = Hessian(
+        matrix=torch.eye(hidden, device=device).unsqueeze(0),
+        dead=torch.zeros(1, hidden, dtype=torch.bool, device=device),
+        tokens=torch.ones(1, dtype=torch.int64, device=device),
+        notes=((),),
+    )
+    tries = 4
+    calls = search_of(1, neurons, hidden, pattern, pattern).calls * tries / TRIES
+    call = best(lambda: pairing(gate_up, pattern, hessian, down=down, tries=tries)) / calls
+    count, size = 20, _TOUCHED_ON_GPU if device.type == "cuda" else _TOUCHED_ON_CPU
+    few, many = (torch.randn(2, n, device=device).unbind() for n in (1, size))
+
+    def compare(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for _ in range(count):
+            found = torch.maximum(x, y)
+        return found
+
+    touching = best(lambda: compare(*many)) - best(lambda: compare(*few))
+    return call, max(0.0, touching) / (count * 3 * size)
 
 
 def _search_seconds(plan: ConversionPlan, settings: PruneSettings, device: torch.device) -> float:
     """Of the search for orders of the neurons of fused experts."""
-    call, element = measure_calls(device)
+    call, element = measure_search(device)
     shapes = {spec.name: spec.shape for unit in plan.units for spec in unit.outputs.values()}
     total = 0.0
     for name, pattern in plan.patterns.items():

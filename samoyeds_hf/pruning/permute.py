@@ -186,7 +186,7 @@ class _Side(Protocol):
         """
 
     def take(self, accepted: torch.Tensor) -> None:
-        """Remember the swaps just tried that were accepted, ``[E, P]`` bool."""
+        """Remember which of the places just tried were swapped, ``[E, 2 P]`` bool."""
 
 
 def _search(
@@ -226,7 +226,8 @@ def _search(
             for side in sides[1:]:
                 gain = gain + side.gain(number, orders)
             accepted = gain > _LEAST_GAIN
-            taken = torch.where(accepted.repeat(1, 2), swapped, own)
+            accepted = torch.cat((accepted, accepted), dim=1)  # of both neurons of a pair
+            taken = torch.where(accepted, swapped, own)
             orders.index_copy_(2, here[number], taken.expand(2, -1, -1))
             for side in sides:
                 side.take(accepted)
@@ -305,8 +306,8 @@ class _Columns:
         return _two_best(groups.unbind(dim=-2))
 
     def take(self, accepted: torch.Tensor) -> None:
-        wide = accepted.repeat(1, 2).unsqueeze(2)
-        self.kept.index_copy_(1, self.tried, torch.where(wide, self.after, self.before))
+        kept = torch.where(accepted.unsqueeze(2), self.after, self.before)
+        self.kept.index_copy_(1, self.tried, kept)
 
     def _total(self, kept: torch.Tensor) -> torch.Tensor:
         """What stays of regions ``[..., H]`` when rows are dropped."""
