@@ -32,8 +32,7 @@ import platform
 from importlib.metadata import version
 packages = ("torch", "transformers", "huggingface_hub", "tokenizers")
 print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in packages))')"
-  # worksteal: a worker keeps to neighbouring tests, which share fixtures, until another has none
-  "$python" -m pytest -q -n "$workers" --dist worksteal -m "$markers" "$@"
+  "$python" -m pytest -q -n "$workers" -m "$markers" "$@"
 }
 
 run_tests "$VENV/bin/python" "not gpu" "$@"
