@@ -222,7 +222,7 @@ def measure_search(device: torch.device) -> tuple[float, float]:
         return min(seconds)
 
     pattern, hidden, neurons = SparsityPattern(1, 2, 32), 32, 128
-    gate_up = torch.randn(1, 2 * neurons, hidden, device=device)
+    gate_up = torch.randn(1, 2 * neurons, hidden, device=device)  # [E, 2I, H]
     down = Down(gate_up[:, :neurons].mT, pattern, torch.ones(1, neurons, device=device))
     hessian = Hessian(
         matrix=torch.eye(hidden, device=device).unsqueeze(0),

@@ -77,7 +77,8 @@ template <class Shape, class Buffers>
 __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& scheduler,
                              const Buffers& buffers) {
   static_assert(kBundleTiles % Buffers::kSlabTiles == 0, "a slab lies in one bundle");
-  // Of a copy: what a bundle has of a part, of two slabs where that is all of them.
+  // A copy brings what a bundle has of a part: all of it, two slabs, or where weights are two parts
+  // half of it, a slab's.
   constexpr int kParts = Buffers::kWeightParts, kTiles = kBundleTiles / kParts;
   static_assert(kParts == 1 || kTiles == Buffers::kPartTiles, "a bundle is a slab, or parts whole");
   const bool is_leader = threadIdx.x % kWarpThreads == 0;
