@@ -100,6 +100,10 @@ class Instance(NamedTuple):
         """As its registers allow."""
         return 1 if self.m_frags * self.n_frags > (6 if self.is_stepped else 4) else 2
 
+    def most_tokens(self, product: Product) -> int:
+        """Of a tile: where N = M the Hopper kernel has registers for more."""
+        return 208 if self.is_hopper and product.v == 0 else self.tokens
+
     def stages(self, product: Product) -> range:
         """How many there may be; the Hopper kernel has its number compiled in."""
         if not self.is_hopper:
@@ -133,10 +137,10 @@ class Instance(NamedTuple):
         groups = self.warps_m // GROUP_WARPS
         kept_rows = SLAB_ROWS // 2 if product.v else SLAB_ROWS
         weights = groups * kept_rows // 16 * BLOCK_BYTES
-        stage = self.tokens * BLOCK_COLS * 2 + weights + 2 * 8
+        stage = self.most_tokens(product) * BLOCK_COLS * 2 + weights + 2 * 8
         stages = self.stages(product)[0]
-        # half a tile, 64 columns of 2 bytes; twice where two stages leave room for it
-        staged = groups * self.tokens // 2 * BLOCK_COLS * (2 if stages == 2 else 1)
+        # 96 tokens, 64 columns of 2 bytes; twice where two stages leave room for it
+        staged = groups * 96 * BLOCK_COLS * (2 if stages == 2 else 1)
         return stages * stage + staged + 1024
 
 
@@ -165,7 +169,7 @@ def compiled_instances() -> list[Instance]:
     table = VARIANTS.read_text()
     found = re.findall(r"SsmmShape<T,([\s\d,]+)>", table)
     instances = [Instance(*map(int, numbers.split(","))) for numbers in found]
-    return instances + [HOPPER] * len(re.findall(r"hopper_variant<HopperShape<T", table))
+    return instances + [HOPPER] * len(re.findall(r"hopper_variant<T>\(\)", table))
 
 
 INSTANCES = compiled_instances()
@@ -213,4 +217,4 @@ def legal_plans(instance: Instance, product: Product, gpu: Gpu) -> list[PlanNumb
 def tokens_for_three_rounds(instance: Instance, product: Product, gpu: Gpu) -> int:
     """Tokens of which each thread block computes about three tiles, one after another."""
     slots = gpu.num_sms * instance.most_blocks_per_sm // instance.cluster
-    return 3 * slots * instance.tokens // instance.parts(product)
+    return 3 * slots * instance.most_tokens(product) // instance.parts(product)

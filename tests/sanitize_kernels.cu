@@ -192,7 +192,8 @@ struct Case {
   Plans plans;
 };
 
-constexpr int kHopperTokens = 192;  // of a tile
+constexpr int kHopperTokens = 208;  // of a tile, at most
+constexpr int kHopperFrags = 24;    // by which its plan is known
 constexpr int64_t kBf16 = SAMOYEDS_BF16, kFp16 = SAMOYEDS_FP16;
 constexpr Plans kChosen = Plans::kChosen, kAll = Plans::kAll, kHopper = Plans::kHopper;
 const Case kCases[] = {
@@ -474,7 +475,7 @@ class Layer {
 
   int run_hopper(const SamoyedsWeight& up, const SamoyedsWeight& down) {
     const auto plan_of = [](const SamoyedsWeight& w) -> SamoyedsPlan {
-      return {1, kHopperTokens / 8, 8, 1, 1, w.n == w.m ? 2 : 3, 1, 1, 2};
+      return {1, kHopperFrags, 8, 1, 1, w.n == w.m ? 2 : 3, 1, 1, 2};
     };
     const SamoyedsPlan up_plan = plan_of(up), down_plan = plan_of(down);
     if (!run_all(up, down, &up_plan, &down_plan, "Hopper kernel")) {

@@ -59,6 +59,7 @@ pytestmark = [
 ]
 
 PATTERNS = ("1:2:128", "1:2:64", "1:2:32", "2:4")  # each has a kernel of its own
+MOST_TOKENS = {text: 208 if text == "2:4" else 192 for text in PATTERNS}  # of a tile
 # gate_up [512, 384] of 4 slabs, down [384, 256] of 3
 MIDDLE = Shape(300, experts=3, hidden=384, inner=256, up="1:2:128", down="1:2:64")
 OTHER_INSTANCE = Instance(2, 4, 4, 2, 1)
@@ -134,6 +135,9 @@ TOKENS = {
     191: "a tile but for one",
     192: "a full tile",
     193: "two tiles, of 104 and of 89",
+    207: "N = M: a tile but for one",
+    208: "N = M: a full tile",
+    209: "N = M: two tiles, of 112 and of 97",
     385: "three tiles of about the same size",
     577: "four tiles",
     1537: "nine tiles: a full group, and one of a single tile",
@@ -142,17 +146,19 @@ TOKENS = {
 
 
 @both_dtypes
+@pytest.mark.parametrize("text", ["1:2:128", "2:4"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_tokens_of_an_expert(tokens: int, dtype: torch.dtype, seed: int) -> None:
+def test_tokens_of_an_expert(tokens: int, text: str, dtype: torch.dtype, seed: int) -> None:
     """Beside an expert without tokens, and one that begins behind the empty places."""
-    check_layer(layer_with([tokens, 0, 5], dtype, seed), seed)
+    sizes = MIDDLE._replace(up=text, down=text)
+    check_layer(layer_with([tokens, 0, 5], dtype, seed, sizes), seed)
 
 
 @both_dtypes
 @each_pattern
 def test_every_size_of_the_instruction(text: str, dtype: torch.dtype, seed: int) -> None:
-    """16 to 192 tokens in steps of 16; each expert's are a few less."""
-    counts = [size - 3 for size in range(16, HOPPER.tokens + 1, 16)]
+    """16 to 192 or 208 tokens in steps of 16; each expert's are a few less."""
+    counts = [size - 3 for size in range(16, MOST_TOKENS[text] + 1, 16)]
     check_layer(layer_with(counts, dtype, seed, MIDDLE._replace(up=text, down=text)), seed)
 
 
@@ -256,7 +262,7 @@ def test_down_of_a_gate_up_weight(text: str, seed: int) -> None:
 
 # --- linear ----------------------------------------------------------------------------------
 
-ROWS = (1, 7, 8, 97, 191, 192, 193, 385, 1000, 3001)  # tails, tiles of any size, several rounds
+ROWS = (1, 7, 8, 97, 191, 192, 193, 208, 209, 385, 1000, 3001)  # tails, tiles of any size, rounds
 
 
 @both_dtypes

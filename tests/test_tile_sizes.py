@@ -11,7 +11,6 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import HOPPER
 from stub_kernels import needs_compiler
 from test_kernel_headers import compile_host
 
@@ -41,6 +40,11 @@ class Problem(NamedTuple):
     slab_tiles: int = 4
     clusters: int = 66  # of an H200
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a tile; 8 tiles of kept rows a slab: N = M."""
+        return 208 if self.slab_tiles == 8 else 192
+
     def tiles(self, large: int, num_large: int, small: int, num_small: int) -> list[int]:
         """Tokens of each."""
         found = [large] * num_large
@@ -53,8 +57,9 @@ class Problem(NamedTuple):
         free_at = [0] * self.clusters
         for tokens in tiles:
             multiplied = -(-tokens // STEP) * STEP
+            block = max(353 + self.slab_tiles * multiplied, 150 * self.slab_tiles)
             for _ in range(self.parts):
-                clocks = self.blocks * (353 + self.slab_tiles * multiplied) + 3000
+                clocks = self.blocks * block + 3000
                 heapq.heapreplace(free_at, free_at[0] + clocks)
         return max(free_at)
 
@@ -69,7 +74,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
 
     def ask(problem: Problem) -> Found:
         rows, *others = problem
-        line = " ".join(map(str, (rows, HOPPER.tokens, STEP, *others)))
+        line = " ".join(map(str, (rows, problem.most_tokens, STEP, *others)))
         *sizes, end = subprocess.check_output([program], input=line, text=True).split()
         large, num_large, small, num_small = map(int, sizes)
         return (large, num_large, small, num_small), int(end)
@@ -94,13 +99,12 @@ def test_any_product(ask: Ask, problem: Problem) -> None:
     tiles = problem.tiles(*sizes)
     assert sum(tiles) == problem.rows
     assert min(tiles) > 0  # none is left empty
-    assert max(tiles) <= HOPPER.tokens
+    assert max(tiles) <= problem.most_tokens
     assert large % STEP == small % STEP == 0  # tiles end where boxes of the result do
     assert 0 <= num_small <= MAX_GROUP  # the small ones are one group
     assert end == problem.end(tiles)
-    for tokens in range(
-        HOPPER.tokens // 2, HOPPER.tokens + 1, STEP
-    ):  # at least as good as one size
+    most = problem.most_tokens
+    for tokens in range(most, most // 2 - 1, -STEP):  # at least as good as one size
         full, rest = divmod(problem.rows, tokens)
         assert end <= problem.end([tokens] * full + ([rest] if rest else []))
 
@@ -111,6 +115,8 @@ def test_any_product(ask: Ask, problem: Problem) -> None:
     [
         (Problem(1024, 28, 32), (192, 2, 128, 5)),  # 14336 x 1024 x 4096: three rounds of items
         (Problem(4096, 8, 112), (176, 16, 160, 8)),  # 4096 x 4096 x 14336
+        (Problem(4096, 28, 32, slab_tiles=8), (208, 13, 176, 8)),  # 14336 x 4096 x 4096, N = M
+        (Problem(4224, 33, 32, slab_tiles=8), (192, 22, 192, 0)),  # whole rounds
         (Problem(5, 1, 1), (192, 0, 16, 1)),  # one item
         (Problem(192 * 66, 1, 1), (192, 66, 192, 0)),  # one round
     ],

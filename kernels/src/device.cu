@@ -25,7 +25,7 @@ Error query_properties(int ordinal, Device& device) {
       {cudaDevAttrComputeCapabilityMajor, &major},
       {cudaDevAttrComputeCapabilityMinor, &minor},
       {cudaDevAttrMultiProcessorCount, &device.num_sms},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.block_shared_bytes},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.all_shared_bytes},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.sm_shared_bytes},
   };
   for (const auto& each : wanted) {
@@ -60,7 +60,7 @@ Error load_kernels(Device& device) {
         SAMOYEDS_RETURN_IF_ERROR(load_kernel(kernel, own));
         SAMOYEDS_RETURN_IF_ERROR(
             check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            device.block_shared_bytes - own),
+                                            device.all_shared_bytes - own),
                        "reserving shared memory"));
         most_own = std::max(most_own, own);
       }
@@ -73,7 +73,7 @@ Error load_kernels(Device& device) {
       SAMOYEDS_RETURN_IF_ERROR(load_kernel(kernel, ignored));
     }
   }
-  device.block_shared_bytes -= most_own;
+  device.block_shared_bytes = device.all_shared_bytes - most_own;
   return {};
 }
 

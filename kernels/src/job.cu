@@ -61,8 +61,9 @@ void lay_out_workspace(Job& job) {
 Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan) {
   if (layout.kind == Kind::kGeneral) return {kGeneralTokens};
   const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
-  if (variant.is_hopper) return {variant.tokens, kPlaceAlign, true};
-  return {variant.tokens};
+  const int tokens = tokens_of(variant, layout);
+  if (variant.is_hopper) return {tokens, kPlaceAlign, true};
+  return {tokens};
 }
 
 Error plan_product(const Device& device, const SamoyedsPlan* given, const Layout& layout,

@@ -16,7 +16,6 @@ namespace {
 constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
-constexpr int kHopperStep = HopperShape<__nv_bfloat16>::kLiveStep;
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
@@ -35,8 +34,8 @@ Load expected_load(std::int64_t num_experts, std::int64_t num_tokens, std::int64
 // Tiles of tokens, on average: the last one of an expert is half full. Where one or two do for
 // most, they are counted by how likely it is that an expert meets more, if tokens choose alike:
 // half a tile more for each would split k as if there were another wave.
-double expected_tiles(const Load& load, const SsmmVariant& variant) {
-  const double tile = variant.tokens, mean = load.tokens_each;
+double expected_tiles(const Load& load, const SsmmVariant& variant, const Layout& layout) {
+  const double tile = tokens_of(variant, layout), mean = load.tokens_each;
   if (mean > 2 * tile) return load.experts_hit * (mean / tile + 0.5);
   double tiles = 1;
   for (int full = 1; full <= 4; ++full) {
@@ -92,7 +91,7 @@ int max_splits(const Layout& layout, const SamoyedsPlan& plan) {
 int best_splits(const Device& device, const Layout& layout, const SsmmVariant& variant,
                 const SamoyedsPlan& plan, const Load& load, double num_pairs) {
   const double slots = static_cast<double>(device.num_sms) * plan.blocks_per_sm;
-  const double tiles_n = expected_tiles(load, variant);
+  const double tiles_n = expected_tiles(load, variant, layout);
   const int tiles_m = ceil_div(layout.tiles, variant.tiles_m);
   const double step_bytes = static_cast<double>(variant.tiles_m) * plan.warps_k * kBlockStride;
   const int steps = steps_of(layout, plan);
@@ -186,8 +185,9 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
                    ", found " + std::to_string(plan.blocks_per_sm));
   }
   const int bytes = shared_bytes(*variant, plan, layout);
-  if (bytes > device.block_shared_bytes) {
-    return invalid("a plan needs at most " + std::to_string(device.block_shared_bytes) +
+  const int most = variant->is_hopper ? device.all_shared_bytes : device.block_shared_bytes;
+  if (bytes > most) {
+    return invalid("a plan needs at most " + std::to_string(most) +
                    " bytes of shared memory on this GPU, found " + std::to_string(bytes));
   }
   return {};
@@ -210,7 +210,7 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     SamoyedsPlan plan = rule.plan;
     if (variant.is_hopper && !(allows_hopper && may_use_hopper(device, layout, is_down))) continue;
     const bool may_split = is_down && !variant.is_hopper && num_tokens * top_k <= kMaxSplitPairs;
-    const double items = expected_tiles(load, variant) * parts_of(variant, layout) *
+    const double items = expected_tiles(load, variant, layout) * parts_of(variant, layout) *
                          variant.cluster * (may_split ? max_splits(layout, plan) : 1);
     if (items < rule.min_waves * device.num_sms * plan.blocks_per_sm) continue;
     plan.stages = largest_stages(device, variant, plan, layout);
@@ -240,8 +240,8 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   const int cluster = variant.cluster;
   if (variant.is_hopper && !args.tokens.tiles) {
     const TileSizes& sizes = args.tokens.sizes =
-        best_sizes({args.tokens.num_rows, variant.tokens, kHopperStep, parts, args.layout.blocks,
-                    slab_tiles(args.layout), stream.device.num_sms / cluster});
+        best_sizes({args.tokens.num_rows, tokens_of(variant, args.layout), kLiveStep, parts,
+                    args.layout.blocks, slab_tiles(args.layout), stream.device.num_sms / cluster});
     max_tiles = sizes.num_large + sizes.num_small;
   }
   if (max_tiles > kMaxTiles) {

@@ -61,7 +61,8 @@ typedef struct {
 
 // How one product runs. The heuristics fill it; tests and benchmarks may ask for another one.
 // Fragments and warps must be those of a compiled kernel (variants.cuh). The Hopper kernel, the one
-// with clusters, has 3 stages, 2 where N = M, and 1 split.
+// with clusters, has 3 stages, or 2 where N = M, where its 24 fragments of tokens stand for 26; and
+// 1 split.
 // General patterns have one kernel, which ignores the plan.
 typedef struct {
   int64_t m_frags;        // fragments of 16 kept rows that a warp holds

@@ -32,7 +32,8 @@ struct Device {
   int ordinal = -1;
   int capability = 0;  // 10 * major + minor
   int num_sms = 0;
-  int block_shared_bytes = 0;  // most that a thread block may ask for beside a kernel's own
+  int all_shared_bytes = 0;    // most that a thread block may have; the Hopper kernel asks for it
+  int block_shared_bytes = 0;  // most that it may ask for beside what other kernels declare
   int sm_shared_bytes = 0;
 };
 

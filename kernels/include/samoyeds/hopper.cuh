@@ -17,10 +17,10 @@
 
 namespace samoyeds {
 
-// Calls run(std::integral_constant<int, 16 * live>) for 1 <= live <= kMost.
+// Calls run(std::integral_constant<int, kLiveStep * live>) for 1 <= live <= kMost.
 template <int kMost, typename Run>
 __device__ __forceinline__ void for_size(int live, Run&& run) {
-  if (live == kMost) return run(std::integral_constant<int, 16 * kMost>{});
+  if (live == kMost) return run(std::integral_constant<int, kLiveStep * kMost>{});
   if constexpr (kMost > 1) for_size<kMost - 1>(live, run);
 }
 
@@ -53,7 +53,6 @@ template <class Shape, int kSwitchPeriod, class Buffers>
 __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
   const int group = uniform(threadIdx.x / kGroupThreads);
   const int warp = uniform(threadIdx.x / kWarpThreads) % kGroupWarps;
-  constexpr int kStep = Shape::kLiveStep;
   constexpr bool kTakesTurns = kSwitchPeriod == 2;
   const int blocks = args.layout.blocks;
   Turn turn;
@@ -72,7 +71,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
     SlabAccumulators<Shape> acc;
     acc.template clear<kSwitchPeriod>();
     const int first_tile = group * Buffers::kSlabTiles + warp;
-    for_size<Shape::kTokens / kStep>(ceil_div(work.count(), kStep), [&](auto size) {
+    for_size<Shape::kTokens / kLiveStep>(ceil_div(work.count(), kLiveStep), [&](auto size) {
       SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,
                                                                         turns)
           .run(turn, blocks);

@@ -14,7 +14,7 @@ using SsmmKernel = void (*)(SsmmArgs);
 // An instance of the matrix kernel.
 struct SsmmVariant {
   int m_frags, n_frags, warps_m, warps_n, warps_k, cluster;  // as in SamoyedsPlan
-  int tokens;                                                // of a tile
+  int tokens;                                                // of a tile; Hopper: see tokens_of()
   int tiles_m;     // of 16 kept rows, that a thread block computes; Hopper: see slab_tiles()
   int min_blocks;  // that fit on an SM by their registers
   int threads;
@@ -24,7 +24,7 @@ struct SsmmVariant {
   SsmmKernel kernels[4];           // by switch_period(): 0, 1, 2, 4; null where there is none
   // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
   bool is_hopper = false;
-  int hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
+  int hopper_tokens[4] = {}, hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
 };
 inline constexpr int kNumVariants = 19;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
@@ -36,6 +36,10 @@ inline int kernel_number(const Layout& layout) {
 }
 inline SsmmKernel kernel_for(const SsmmVariant& variant, const Layout& layout) {
   return variant.kernels[kernel_number(layout)];
+}
+// Of a tile, at most.
+inline int tokens_of(const SsmmVariant& variant, const Layout& layout) {
+  return variant.is_hopper ? variant.hopper_tokens[kernel_number(layout)] : variant.tokens;
 }
 // Whether an instance is made for the order of a weight's tiles.
 inline bool serves(const SsmmVariant& variant, const Layout& layout) {

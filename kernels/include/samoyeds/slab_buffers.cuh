@@ -11,14 +11,17 @@ inline constexpr int kGroupThreads = 128;  // a warpgroup
 inline constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
 inline constexpr int kSlabRows = 128;  // dense
 
-template <typename T_>
+inline constexpr int kLiveStep = 16;  // tokens: a tile that is not full is multiplied in such steps
+inline constexpr int kPassRows = 96;  // of a panel that go out at a time; of two panels, half each
+
+template <typename T_, int kTokens_>
 struct HopperShape {
   using T = T_;
   static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads and stores
-  // Of a tile: what the registers hold, two sums each. Fewer would load the weights more often.
-  static constexpr int kTokens = 192;
-  static constexpr int kLiveStep = 16;  // a tile that is not full is multiplied in steps of so many
-  static constexpr int kCluster = 2;    // thread blocks
+  // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
+  // often.
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
   // there is not one more to give; who asks for it waits forever.
@@ -52,13 +55,13 @@ struct SlabWork {
 // whole cluster.
 // kSwitchPeriod: 0 where N = M, else as switch_period().
 //
-// Results go out in up to four passes, each a quarter of a warpgroup's or, with a gate, half of
-// them. A warpgroup's own buffer holds one. With three slots the tokens' part of the item's last
-// one is lent for the second and third pass: each warpgroup has one of its panels, once both are
-// done with it. With two there is room for two buffers each, which take passes in turn. Where a
-// warp stores for a warpgroup, `staged` completes when a pass is written, with the first it is told
-// what it is of, and it gives the memory back: the own buffer, then the panels. Where none does,
-// that warp brings the rows' numbers.
+// Results go out in passes, each those of 48 tokens or, with a gate, of 96. A warpgroup's own
+// buffer holds one. With three slots the tokens' part of the item's last one is lent for the second
+// and third pass: each warpgroup has one of its panels, once both are done with it. With two there
+// is room for two buffers each, which take passes in turn. Where a warp stores for a warpgroup,
+// `staged` completes when a pass is written, with the first it is told what it is of, and it gives
+// the memory back: the own buffer, then the panels. Where none does, that warp brings the rows'
+// numbers.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
@@ -68,8 +71,8 @@ struct HopperBuffers {
   static constexpr int kTileBytes = kRowsOffset + (kSwitchPeriod == 0 ? 0 : kRowsBytes);
   static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kTileBytes;
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
-  static constexpr int kPassBytes = kTilePanelBytes / 2;
-  static constexpr int kMaxPasses = 4;
+  static constexpr int kPassBytes = kPassRows * kPanelBytes;
+  static constexpr int kMaxPasses = ceil_div(2 * Shape::kTokens, kPassRows);
   static constexpr int kHalves = 2;
   // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
   // more often costs more than it gives, so there a slot is one part.
@@ -92,6 +95,7 @@ struct HopperBuffers {
       Shape::kGroups * (kOwn * kPassBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
       kBarriers * 8 + kRounds * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
+  static_assert(!kLends || 2 * kPassBytes <= kTilePanelBytes, "a panel is lent to two passes");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
 

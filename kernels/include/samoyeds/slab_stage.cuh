@@ -26,10 +26,10 @@ struct SlabPasses {
   static constexpr bool kIsGated = kOutput == Output::kGated;
   static constexpr bool kIsMatrix = kOutput == Output::kMatrix;
   static constexpr bool kIsPanels = kIsGated || kOutput == Output::kPanels;
-  static constexpr bool kIsCopied = kIsPanels || kIsMatrix;   // by SlabStore; else by SlabStage
-  static constexpr int kPanels = kIsGated ? 1 : 2;            // of a slab
-  static constexpr int kRows = Shape::kTokens / 2 / kPanels;  // tokens of a pass
-  static constexpr int kCount = 2 * kPanels;
+  static constexpr bool kIsCopied = kIsPanels || kIsMatrix;  // by SlabStore; else by SlabStage
+  static constexpr int kPanels = kIsGated ? 1 : 2;           // of a slab
+  static constexpr int kRows = kPassRows / kPanels;          // tokens of a pass
+  static constexpr int kCount = ceil_div(Shape::kTokens, kRows);
 
   // In shared memory.
   __device__ static std::uint32_t at(std::uint32_t results, int panel, int row, int column) {
@@ -184,6 +184,12 @@ class SlabStage {
     }
   }
 
+  // Of 8 tokens; the last pass may have fewer.
+  __device__ static constexpr int frags_of(int pass) {
+    const int left = Shape::kTokens / 8 - pass * kFrags;
+    return left < kFrags ? left : kFrags;
+  }
+
   struct Two {
     float x, y;
   };
@@ -195,7 +201,7 @@ class SlabStage {
       for (int c = 0; c < 2; ++c) {
         const Place place(*this, results, c, 0);
 #pragma unroll
-        for (int frag = 0; frag < kFrags; ++frag) {
+        for (int frag = 0; frag < frags_of(pass); ++frag) {
           const int i = (pass * kFrags + frag) * 4 + c;
           put(place, frag, {acc.d[i], acc.odd[i]}, {acc.d[i + 2], acc.odd[i + 2]});
         }
@@ -255,7 +261,7 @@ class SlabStage {
       return {is_odd ? other : first, is_odd ? second : other};
     };
 #pragma unroll
-    for (int frag = 0; frag < kFrags; ++frag) {
+    for (int frag = 0; frag < frags_of(pass); ++frag) {
       const float* v = d + (pass * kFrags + frag) * 4;
       put(place, frag, exchange(v[0], v[1]), exchange(v[2], v[3]));
     }

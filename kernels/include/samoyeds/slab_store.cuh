@@ -32,7 +32,7 @@ class SlabStore {
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
   static_assert(Passes::kIsCopied, "rows are stored by SlabStage");
   static_assert(!Passes::kIsMatrix || Passes::kRows % kBoxRows == 0, "a pass is whole boxes");
-  static_assert(Shape::kLiveStep % kBoxRows == 0, "so is a full tile, of a multiple of kLiveStep");
+  static_assert(kLiveStep % kBoxRows == 0, "so is a full tile, of a multiple of kLiveStep");
 
  public:
   __device__ SlabStore(const SsmmArgs& args, const Buffers& buffers, int group)

@@ -37,41 +37,59 @@ constexpr SsmmVariant variant() {
           {kernel<Shape, 0>(), kernel<Shape, 1>(), kernel<Shape, 2>(), kernel<Shape, 4>()}};
 }
 
-template <class Shape>
+// As many tokens as there are registers for: where N = M weights take none.
+template <typename T, int kSwitchPeriod>
+using HopperShapeFor = HopperShape<T, kSwitchPeriod == 0 ? 208 : 192>;
+
+template <typename T, int kSwitchPeriod>
+constexpr void add_hopper_kernel(SsmmVariant& v, int number) {
+  using Shape = HopperShapeFor<T, kSwitchPeriod>;
+  using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
+  v.kernels[number] = hopper_kernel<Shape, kSwitchPeriod>;
+  v.hopper_tokens[number] = Shape::kTokens;
+  v.hopper_stages[number] = Buffers::kSlots;
+  v.hopper_bytes[number] = Buffers::kBytes;
+}
+
+template <typename T>
 constexpr SsmmVariant hopper_variant() {
+  using Shape = HopperShapeFor<T, 4>;
   SsmmVariant v{};
   v.m_frags = v.warps_n = v.warps_k = v.min_blocks = 1;
   v.n_frags = Shape::kTokens / 8;
   v.warps_m = Shape::kGroups * 4;
   v.cluster = Shape::kCluster;
-  v.tokens = Shape::kTokens;
   v.threads = Shape::kThreads;
   v.needs_sm90a = v.is_hopper = true;
-  v.kernels[0] = hopper_kernel<Shape, 0>;
-  v.kernels[1] = hopper_kernel<Shape, 1>;
-  v.kernels[2] = hopper_kernel<Shape, 2>;
-  v.kernels[3] = hopper_kernel<Shape, 4>;
-  const int stages[] = {HopperBuffers<Shape, 0>::kSlots, HopperBuffers<Shape, 1>::kSlots,
-                        HopperBuffers<Shape, 2>::kSlots, HopperBuffers<Shape, 4>::kSlots};
-  const int bytes[] = {HopperBuffers<Shape, 0>::kBytes, HopperBuffers<Shape, 1>::kBytes,
-                       HopperBuffers<Shape, 2>::kBytes, HopperBuffers<Shape, 4>::kBytes};
-  for (int i = 0; i < 4; ++i) v.hopper_stages[i] = stages[i], v.hopper_bytes[i] = bytes[i];
+  add_hopper_kernel<T, 0>(v, 0);
+  add_hopper_kernel<T, 1>(v, 1);
+  add_hopper_kernel<T, 2>(v, 2);
+  add_hopper_kernel<T, 4>(v, 3);
   return v;
 }
 
 template <typename T>
 const SsmmVariant* variants() {
   static const SsmmVariant table[kNumVariants] = {
-      variant<SsmmShape<T, 1, 1, 1, 1, 8>>(), variant<SsmmShape<T, 1, 1, 2, 1, 4>>(),
-      variant<SsmmShape<T, 1, 1, 4, 1, 2>>(), variant<SsmmShape<T, 1, 1, 8, 1, 1>>(),
-      variant<SsmmShape<T, 1, 2, 8, 1, 1>>(), variant<SsmmShape<T, 1, 4, 8, 1, 1>>(),
-      variant<SsmmShape<T, 2, 4, 8, 1, 1>>(), variant<SsmmShape<T, 2, 6, 8, 1, 1>>(),
-      variant<SsmmShape<T, 2, 4, 4, 2, 1>>(), variant<SsmmShape<T, 4, 4, 4, 2, 1>>(),
-      variant<SsmmShape<T, 3, 1, 1, 1, 8>>(), variant<SsmmShape<T, 3, 1, 2, 1, 4>>(),
-      variant<SsmmShape<T, 3, 1, 4, 1, 2>>(), variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
-      variant<SsmmShape<T, 3, 1, 4, 2, 1>>(), variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
-      variant<SsmmShape<T, 3, 4, 4, 2, 1>>(), variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
-      hopper_variant<HopperShape<T>>(),
+      variant<SsmmShape<T, 1, 1, 1, 1, 8>>(),
+      variant<SsmmShape<T, 1, 1, 2, 1, 4>>(),
+      variant<SsmmShape<T, 1, 1, 4, 1, 2>>(),
+      variant<SsmmShape<T, 1, 1, 8, 1, 1>>(),
+      variant<SsmmShape<T, 1, 2, 8, 1, 1>>(),
+      variant<SsmmShape<T, 1, 4, 8, 1, 1>>(),
+      variant<SsmmShape<T, 2, 4, 8, 1, 1>>(),
+      variant<SsmmShape<T, 2, 6, 8, 1, 1>>(),
+      variant<SsmmShape<T, 2, 4, 4, 2, 1>>(),
+      variant<SsmmShape<T, 4, 4, 4, 2, 1>>(),
+      variant<SsmmShape<T, 3, 1, 1, 1, 8>>(),
+      variant<SsmmShape<T, 3, 1, 2, 1, 4>>(),
+      variant<SsmmShape<T, 3, 1, 4, 1, 2>>(),
+      variant<SsmmShape<T, 3, 1, 8, 1, 1>>(),
+      variant<SsmmShape<T, 3, 1, 4, 2, 1>>(),
+      variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
+      variant<SsmmShape<T, 3, 4, 4, 2, 1>>(),
+      variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
+      hopper_variant<T>(),
   };
   return table;
 }
