@@ -193,7 +193,7 @@ struct Case {
 };
 
 constexpr int kHopperTokens = 208;  // of a tile, at most
-constexpr int kHopperFrags = 24;    // by which its plan is known
+constexpr int kHopperFrags = 24;    // by which its plans are known
 constexpr int64_t kBf16 = SAMOYEDS_BF16, kFp16 = SAMOYEDS_FP16;
 constexpr Plans kChosen = Plans::kChosen, kAll = Plans::kAll, kHopper = Plans::kHopper;
 const Case kCases[] = {
@@ -482,31 +482,45 @@ class Layer {
       fail("the library refuses the Hopper kernel: " + std::string(samoyeds_last_error()));
     }
     run_linear(down_, &down_plan);
+    // Three rounds of wide tiles, on 132 SMs, of which others would take a fourth.
+    if (case_.down.m == 2 && case_.down.v == 128) run_linear(down_, &down_plan, 3 * 66 * 200);
     return 1;
   }
 
-  void run_linear(const Weight& of, const SamoyedsPlan* plan) {
+  // rows: the same ones again and again; all of them once where it is not given.
+  void run_linear(const Weight& of, const SamoyedsPlan* plan, int rows = 0) {
+    if (rows == 0) rows = pairs();
+    std::vector<float> repeated;
+    for (int row = 0; row < rows; ++row) {
+      const auto first = inner_.begin() + row % pairs() * case_.inner;
+      repeated.insert(repeated.end(), first, first + case_.inner);
+    }
     Weight one = of;
     one.shape.num_experts = 1;
     one.values.resize(of.values.size() / static_cast<std::size_t>(case_.experts));
     one.meta.resize(of.meta.size() / static_cast<std::size_t>(case_.experts));
     one.index.resize(of.index.size() / static_cast<std::size_t>(case_.experts));
     const Packed packed(one);
-    const Buffer<uint16_t> x(narrowed(inner_));
-    const Buffer<uint16_t> out(static_cast<std::size_t>(pairs()) * case_.hidden);
+    const Buffer<uint16_t> x(narrowed(repeated));
+    const Buffer<uint16_t> out(static_cast<std::size_t>(rows) * case_.hidden);
     SamoyedsLaunch launch{};
     launch.plan = plan;
-    const int64_t bytes = samoyeds_linear_workspace_bytes(&launch, &packed.weight, pairs());
+    const int64_t bytes = samoyeds_linear_workspace_bytes(&launch, &packed.weight, rows);
     check(bytes < 0 ? bytes : 0, "linear_workspace_bytes");
     const Buffer<uint8_t> workspace(static_cast<std::size_t>(bytes));
     launch.workspace = workspace.data();
     launch.workspace_bytes = bytes;
-    check(samoyeds_linear(&launch, &packed.weight, x.data(), pairs(), out.data()), "linear");
+    check(samoyeds_linear(&launch, &packed.weight, x.data(), rows, out.data()), "linear");
     check(cudaDeviceSynchronize(), "linear");
     std::vector<float> expected;
-    for (int row = 0; row < pairs(); ++row) {
-      const auto y = product(of, 0, &inner_[static_cast<std::size_t>(row) * case_.inner]);
-      expected.insert(expected.end(), y.begin(), y.end());
+    for (int row = 0; row < rows; ++row) {
+      if (row < pairs()) {
+        const auto y = product(of, 0, &inner_[static_cast<std::size_t>(row) * case_.inner]);
+        expected.insert(expected.end(), y.begin(), y.end());
+      } else {
+        const auto same = static_cast<std::size_t>(row % pairs()) * case_.hidden;
+        for (int i = 0; i < case_.hidden; ++i) expected.push_back(expected[same + i]);
+      }
     }
     compare(out, expected, "linear");
   }

@@ -47,6 +47,7 @@ from cuda_helpers import (
 )
 from helpers import assert_as_good_as_dense, assert_same_bits
 from plans import HOPPER, Gpu, Instance, PlanNumbers, Product, broken_rules
+from torch.profiler import ProfilerActivity, profile
 
 from samoyeds_hf import library
 
@@ -157,8 +158,9 @@ def test_tokens_of_an_expert(tokens: int, text: str, dtype: torch.dtype, seed: i
 @both_dtypes
 @each_pattern
 def test_every_size_of_the_instruction(text: str, dtype: torch.dtype, seed: int) -> None:
-    """16 to 192 or 208 tokens in steps of 16; each expert's are a few less."""
-    counts = [size - 3 for size in range(16, MOST_TOKENS[text] + 1, 16)]
+    """16 to as many tokens as there may be, in steps of 16; each expert's are a few less."""
+    most = MOST_TOKENS[text]
+    counts = [size - 3 for size in {*range(16, most, 16), most}]
     check_layer(layer_with(counts, dtype, seed, MIDDLE._replace(up=text, down=text)), seed)
 
 
@@ -262,7 +264,7 @@ def test_down_of_a_gate_up_weight(text: str, seed: int) -> None:
 
 # --- linear ----------------------------------------------------------------------------------
 
-ROWS = (1, 7, 8, 97, 191, 192, 193, 208, 209, 385, 1000, 3001)  # tails, tiles of any size, rounds
+ROWS = (1, 7, 8, 97, 192, 193, 200, 201, 208, 209, 385, 1000, 3001)  # tails, tiles of any size
 
 
 @both_dtypes
@@ -299,6 +301,45 @@ def test_linear_of_many_rounds(
     for rows in MANY_ROUNDS[m, k]:
         x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
         check_linear(weight, x, hopper_plan(weight))
+
+
+# On 66 clusters: 13 tiles of 200 rows and eight of 192, the last of which has 152 or 153 of them;
+# and 17 of 200 and four of 176.
+WIDE_ROWS = (4096, 4097, 4041)
+# By k. 21 tiles of 200 rows, the last of which has 193 or 200 of them; more blocks of k
+MORE_WIDE = {256: (4193, 4200), 640: (4096,), 1280: (4095,)}
+
+
+def check_wide(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: int) -> bool:
+    """Whether the kernel with wide tiles ran."""
+    rng = generator(seed)
+    weight = random_weight((1, m, k), text, dtype, rng)
+    x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
+    check_linear(weight, x, hopper_plan(weight))
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        linear(weight, x, hopper_plan(weight))
+        synchronize()
+    names = [event.name for event in profiled.events() if "hopper_kernel" in event.name]
+    assert names, "the Hopper kernel ran"
+    return any(", true>" in name for name in names)
+
+
+@both_dtypes
+@pytest.mark.parametrize("rows", WIDE_ROWS)
+def test_wide_tiles(rows: int, dtype: torch.dtype, seed: int) -> None:
+    """Where they save a round of items, for V = 128 alone."""
+    is_wide = check_wide(rows, 14336, 128, "1:2:128", dtype, seed)
+    assert is_wide or Gpu.current().num_sms != 132
+    assert not check_wide(rows, 14336, 128, "1:2:64", dtype, seed)
+    assert not check_wide(rows, 14336, 128, "2:4", dtype, seed)
+    assert not check_wide(1024, 14336, 128, "1:2:128", dtype, seed)
+
+
+@pytest.mark.parametrize("k", MORE_WIDE)
+def test_wide_tiles_of_more_blocks(k: int, seed: int) -> None:
+    for rows in MORE_WIDE[k]:
+        is_wide = check_wide(rows, 14336, k, "1:2:128", torch.bfloat16, seed)
+        assert is_wide or Gpu.current().num_sms != 132, f"{rows} rows"
 
 
 def test_linear_of_no_rows() -> None:

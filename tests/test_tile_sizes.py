@@ -37,13 +37,9 @@ class Problem(NamedTuple):
     rows: int
     parts: int  # of four slabs, 512 dense rows
     blocks: int  # of k
-    slab_tiles: int = 4
+    slab_tiles: int = 4  # of kept rows; 8: N = M
+    most_tokens: int = 192  # of a tile
     clusters: int = 66  # of an H200
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a tile; 8 tiles of kept rows a slab: N = M."""
-        return 208 if self.slab_tiles == 8 else 192
 
     def tiles(self, large: int, num_large: int, small: int, num_small: int) -> list[int]:
         """Tokens of each."""
@@ -56,7 +52,7 @@ class Problem(NamedTuple):
         """When each item has been taken by the cluster that was free first."""
         free_at = [0] * self.clusters
         for tokens in tiles:
-            multiplied = -(-tokens // STEP) * STEP
+            multiplied = min(-(-tokens // STEP) * STEP, self.most_tokens)
             block = max(353 + self.slab_tiles * multiplied, 150 * self.slab_tiles)
             for _ in range(self.parts):
                 clocks = self.blocks * block + 3000
@@ -73,8 +69,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     program: Path = compile_host(PROGRAM, tmp_path_factory.mktemp("tile_sizes"))
 
     def ask(problem: Problem) -> Found:
-        rows, *others = problem
-        line = " ".join(map(str, (rows, problem.most_tokens, STEP, *others)))
+        rows, parts, blocks, slab_tiles, most_tokens, clusters = problem
+        line = " ".join(map(str, (rows, most_tokens, STEP, parts, blocks, slab_tiles, clusters)))
         *sizes, end = subprocess.check_output([program], input=line, text=True).split()
         large, num_large, small, num_small = map(int, sizes)
         return (large, num_large, small, num_small), int(end)
@@ -90,6 +86,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
         st.integers(1, 60),
         st.integers(1, 120),
         st.sampled_from([4, 8]),
+        st.sampled_from([192, 200, 208]),
         st.integers(1, 70),
     )
 )
@@ -100,11 +97,13 @@ def test_any_product(ask: Ask, problem: Problem) -> None:
     assert sum(tiles) == problem.rows
     assert min(tiles) > 0  # none is left empty
     assert max(tiles) <= problem.most_tokens
-    assert large % STEP == small % STEP == 0  # tiles end where boxes of the result do
+    for tokens in (large, small):  # tiles end where boxes do, or are the largest
+        assert tokens % STEP == 0 or tokens == problem.most_tokens
     assert 0 <= num_small <= MAX_GROUP  # the small ones are one group
     assert end == problem.end(tiles)
     most = problem.most_tokens
-    for tokens in range(most, most // 2 - 1, -STEP):  # at least as good as one size
+    for tokens in {most, *range(STEP, most, STEP)} - set(range(most // 2)):
+        # at least as good as one size
         full, rest = divmod(problem.rows, tokens)
         assert end <= problem.end([tokens] * full + ([rest] if rest else []))
 
@@ -113,10 +112,13 @@ def test_any_product(ask: Ask, problem: Problem) -> None:
 @pytest.mark.parametrize(
     ("problem", "sizes"),
     [
-        (Problem(1024, 28, 32), (192, 2, 128, 5)),  # 14336 x 1024 x 4096: three rounds of items
+        # 14336 x 4096 x 4096, of which wide tiles end with the ninth round; and where N = M
+        (Problem(4096, 28, 32), (192, 19, 112, 4)),
+        (Problem(4096, 28, 32, most_tokens=200), (200, 13, 192, 8)),
+        (Problem(4096, 28, 32, slab_tiles=8, most_tokens=208), (208, 13, 176, 8)),
+        (Problem(4224, 33, 32, slab_tiles=8, most_tokens=208), (192, 22, 192, 0)),  # whole rounds
+        (Problem(1024, 28, 32), (192, 2, 128, 5)),  # 14336 x 1024 x 4096: three rounds
         (Problem(4096, 8, 112), (176, 16, 160, 8)),  # 4096 x 4096 x 14336
-        (Problem(4096, 28, 32, slab_tiles=8), (208, 13, 176, 8)),  # 14336 x 4096 x 4096, N = M
-        (Problem(4224, 33, 32, slab_tiles=8), (192, 22, 192, 0)),  # whole rounds
         (Problem(5, 1, 1), (192, 0, 16, 1)),  # one item
         (Problem(192 * 66, 1, 1), (192, 66, 192, 0)),  # one round
     ],

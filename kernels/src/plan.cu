@@ -238,10 +238,33 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   const SsmmVariant& variant = *find_variant(plan, dtype);
   const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
   const int cluster = variant.cluster;
+  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
+  // Copied out while the next item is multiplied, results gain where enough items follow. H200:
+  // with 2.9 items a cluster (4096 x 4096 x 14336) a product takes 233 us so and 244 without, with
+  // 3.0 (14336 x 1024 x 4096) 70 and 74.
+  const auto is_copied = [&](const TileSizes& sizes) {
+    return args.output == Output::kRows &&
+           2 * parts * static_cast<std::int64_t>(sizes.num_large + sizes.num_small) > 5 * slots;
+  };
+  int kernel = kernel_number(args.layout);
   if (variant.is_hopper && !args.tokens.tiles) {
-    const TileSizes& sizes = args.tokens.sizes =
-        best_sizes({args.tokens.num_rows, tokens_of(variant, args.layout), kLiveStep, parts,
-                    args.layout.blocks, slab_tiles(args.layout), stream.device.num_sms / cluster});
+    TileProblem problem{args.tokens.num_rows,
+                        variant.hopper_tokens[kernel],
+                        kLiveStep,
+                        parts,
+                        args.layout.blocks,
+                        slab_tiles(args.layout),
+                        static_cast<int>(slots)};
+    TileSizes& sizes = args.tokens.sizes = best_sizes(problem);
+    if (switch_period(args.layout) == 4) {
+      TileProblem wide_problem = problem;
+      wide_problem.most_tokens = variant.hopper_tokens[kWideKernel];
+      const TileSizes wide = best_sizes(wide_problem);
+      if (is_copied(wide) && ends_sooner(wide_problem, wide, problem, sizes)) {
+        kernel = kWideKernel;
+        sizes = wide;
+      }
+    }
     max_tiles = sizes.num_large + sizes.num_small;
   }
   if (max_tiles > kMaxTiles) {
@@ -249,7 +272,6 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
                        " tiles of tokens, found " + std::to_string(max_tiles));
   }
   const std::int64_t items = max_tiles * parts;
-  const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
@@ -260,18 +282,16 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
     return unsupported("a product must have at most " + std::to_string(most) + " parts, found " +
                        std::to_string(items));
   }
-  // Copied out while the next item is multiplied, results gain where enough items follow. H200:
-  // with 2.9 items a cluster (4096 x 4096 x 14336) a product takes 233 us so and 244 without, with
-  // 3.0 (14336 x 1024 x 4096) 70 and 74.
-  if (variant.is_hopper && !args.tokens.tiles && args.output == Output::kRows &&
-      2 * items > 5 * slots) {
+  if (variant.is_hopper && !args.tokens.tiles && is_copied(args.tokens.sizes)) {
     args.output = Output::kMatrix;
     SAMOYEDS_RETURN_IF_ERROR(
         map_matrix(args.out, args.tokens.num_rows, args.layout.rows, args.matrix));
   }
-  return launch_clusters(stream, kernel_for(variant, args.layout),
+  const int bytes = kernel == kWideKernel ? variant.hopper_bytes[kernel]
+                                          : shared_bytes(variant, plan, args.layout);
+  return launch_clusters(stream, variant.kernels[kernel],
                          static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
-                         shared_bytes(variant, plan, args.layout), cluster, args);
+                         bytes, cluster, args);
 }
 
 const char* heuristics() {

@@ -61,8 +61,9 @@ typedef struct {
 
 // How one product runs. The heuristics fill it; tests and benchmarks may ask for another one.
 // Fragments and warps must be those of a compiled kernel (variants.cuh). The Hopper kernel, the one
-// with clusters, has 3 stages, or 2 where N = M, where its 24 fragments of tokens stand for 26; and
-// 1 split.
+// with clusters, has 3 stages, 2 where N = M, and 1 split; its 24 fragments of tokens stand for 26
+// where N = M, and for 25 in products without routing where V is a multiple of 128 and those end
+// sooner.
 // General patterns have one kernel, which ignores the plan.
 typedef struct {
   int64_t m_frags;        // fragments of 16 kept rows that a warp holds

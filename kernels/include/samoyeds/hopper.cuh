@@ -17,11 +17,13 @@
 
 namespace samoyeds {
 
-// Calls run(std::integral_constant<int, kLiveStep * live>) for 1 <= live <= kMost.
-template <int kMost, typename Run>
-__device__ __forceinline__ void for_size(int live, Run&& run) {
-  if (live == kMost) return run(std::integral_constant<int, kLiveStep * kMost>{});
-  if constexpr (kMost > 1) for_size<kMost - 1>(live, run);
+// Calls run(std::integral_constant<int, size>), where size is the number of tokens to multiply for
+// so many steps of them.
+template <class Shape, int kMost = ceil_div(Shape::kTokens, kLiveStep), typename Run>
+__device__ __forceinline__ void for_size(int steps, Run&& run) {
+  constexpr int kSize = kMost * kLiveStep < Shape::kTokens ? kMost * kLiveStep : Shape::kTokens;
+  if (steps == kMost) return run(std::integral_constant<int, kSize>{});
+  if constexpr (kMost > 1) for_size<Shape, kMost - 1>(steps, run);
 }
 
 // A warpgroup without a slab in this item still signals.
@@ -71,7 +73,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
     SlabAccumulators<Shape> acc;
     acc.template clear<kSwitchPeriod>();
     const int first_tile = group * Buffers::kSlabTiles + warp;
-    for_size<Shape::kTokens / kLiveStep>(ceil_div(work.count(), kLiveStep), [&](auto size) {
+    for_size<Shape>(ceil_div(work.count(), kLiveStep), [&](auto size) {
       SlabProduct<Shape, kSwitchPeriod, decltype(size)::value, Buffers>(acc, buffers, first_tile,
                                                                         turns)
           .run(turn, blocks);

@@ -21,12 +21,15 @@ struct SsmmVariant {
   bool needs_sm90a;
   bool is_stepped;                 // made for (3, 4, V), see serves()
   int stage_bytes, scratch_bytes;  // of shared memory
-  SsmmKernel kernels[4];           // by switch_period(): 0, 1, 2, 4; null where there is none
+  // By switch_period(): 0, 1, 2, 4; and kWideKernel. Null where there is none.
+  SsmmKernel kernels[5];
   // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
   bool is_hopper = false;
-  int hopper_tokens[4] = {}, hopper_stages[4] = {}, hopper_bytes[4] = {};  // as `kernels`
+  int hopper_tokens[5] = {}, hopper_stages[5] = {}, hopper_bytes[5] = {};  // as `kernels`
 };
 inline constexpr int kNumVariants = 19;
+// Hopper, period 4: with a few tokens more a tile, for products without routing.
+inline constexpr int kWideKernel = 4;
 const SsmmVariant* bf16_variants();  // [kNumVariants]
 const SsmmVariant* fp16_variants();
 // Of the kernels above, the one for a weight.

@@ -12,15 +12,20 @@ inline constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
 inline constexpr int kSlabRows = 128;  // dense
 
 inline constexpr int kLiveStep = 16;  // tokens: a tile that is not full is multiplied in such steps
-inline constexpr int kPassRows = 96;  // of a panel that go out at a time; of two panels, half each
 
-template <typename T_, int kTokens_>
+// kIsWide: V = 128, for products without routing: tiles of a few tokens more, where they save a
+// round of items. Their results take longer, as the slots leave less memory to them.
+template <typename T_, int kTokens_, bool kIsWide_ = false>
 struct HopperShape {
   using T = T_;
+  static constexpr bool kIsWide = kIsWide_;
   static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads and stores
   // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
   // often.
   static constexpr int kTokens = kTokens_;
+  // Of a panel, go out at a time, or of two panels half of each; and those for which a warpgroup's
+  // own buffer has room.
+  static constexpr int kPassRows = 96, kOwnRows = kIsWide ? 64 : kPassRows;
   static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
@@ -55,13 +60,13 @@ struct SlabWork {
 // whole cluster.
 // kSwitchPeriod: 0 where N = M, else as switch_period().
 //
-// Results go out in passes, each those of 48 tokens or, with a gate, of 96. A warpgroup's own
-// buffer holds one. With three slots the tokens' part of the item's last one is lent for the second
-// and third pass: each warpgroup has one of its panels, once both are done with it. With two there
-// is room for two buffers each, which take passes in turn. Where a warp stores for a warpgroup,
-// `staged` completes when a pass is written, with the first it is told what it is of, and it gives
-// the memory back: the own buffer, then the panels. Where none does, that warp brings the rows'
-// numbers.
+// Results go out in passes, see SlabPasses. A warpgroup's own buffer holds one. With three slots
+// the tokens' part of the item's last one is lent for the second and third pass: each warpgroup has
+// one of its panels, once both are done with it; of wide tiles, whose own buffers are smaller, its
+// weights for the fourth, too. With two slots there is room for two buffers each, which take passes
+// in turn. Where a warp stores for a warpgroup, `staged` completes when a pass is written, with the
+// first it is told what it is of, and it gives the memory back: the own buffer, then what was lent.
+// Where none does, that warp brings the rows' numbers.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
@@ -71,8 +76,10 @@ struct HopperBuffers {
   static constexpr int kTileBytes = kRowsOffset + (kSwitchPeriod == 0 ? 0 : kRowsBytes);
   static constexpr int kWeightBytes = Shape::kGroups * kSlabTiles * kTileBytes;
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
-  static constexpr int kPassBytes = kPassRows * kPanelBytes;
-  static constexpr int kMaxPasses = ceil_div(2 * Shape::kTokens, kPassRows);
+  static constexpr int kPassBytes = Shape::kPassRows * kPanelBytes;
+  static constexpr int kOwnBytes = Shape::kOwnRows * kPanelBytes;
+  static constexpr int kMaxPasses =
+      Shape::kIsWide ? 6 : ceil_div(2 * Shape::kTokens, Shape::kPassRows);
   static constexpr int kHalves = 2;
   // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
   // more often costs more than it gives, so there a slot is one part.
@@ -92,21 +99,29 @@ struct HopperBuffers {
   static constexpr int kAlignment = 1024;   // of swizzled rows
   static constexpr int kBytes =
       kAlignment + kSlots * (kHalves * kTilePanelBytes + kWeightBytes) +
-      Shape::kGroups * (kOwn * kPassBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
+      Shape::kGroups * (kOwn * kOwnBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
       kBarriers * 8 + kRounds * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
   static_assert(!kLends || 2 * kPassBytes <= kTilePanelBytes, "a panel is lent to two passes");
+  static_assert(!Shape::kIsWide || kAlignment - 1 + kOwnBytes <= kSlabTiles * kTileBytes,
+                "a slab's weights to one, wherever it has to begin");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment
 
   __device__ std::uint32_t tokens(int slot, int half) const {
     return base + (slot * kHalves + half) * kTilePanelBytes;
   }
-  __device__ static constexpr bool is_lent(int pass) { return kLends && (pass == 1 || pass == 2); }
+  __device__ static constexpr bool is_lent(int pass) {
+    return kLends && pass > 0 && pass < (Shape::kIsWide ? 4 : 3);
+  }
   // Where a warpgroup puts a pass of an item whose last slot is `slot`.
   __device__ std::uint32_t results(int group, int pass, int slot) const {
+    if (Shape::kIsWide && pass == 3) {  // of swizzled rows
+      return (weights(slot) + group * kSlabTiles * kTileBytes + kAlignment - 1) &
+             ~static_cast<std::uint32_t>(kAlignment - 1);
+    }
     return is_lent(pass) ? tokens(slot, group) + (pass - 1) * kPassBytes
-                         : own(group) + pass % kOwn * kPassBytes;
+                         : own(group) + pass % kOwn * kOwnBytes;
   }
   __device__ std::uint32_t numbers(int group) const {
     return own(Shape::kGroups) + group * kNumbersBytes;
@@ -226,6 +241,11 @@ struct HopperBuffers {
       ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
     }
   }
+  // Likewise its weights.
+  __device__ __forceinline__ void give_weights_back(int slot) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads < kGroupWarps) ptx::arrive(empty_weights(slot));
+  }
   // By the warp that stores, and at first: a warpgroup's own buffer for a pass may be written. This
   // and the next are named barriers, whose parity would take a register from those that multiply.
   __device__ __forceinline__ static void set_free(int group, int pass) {
@@ -285,7 +305,7 @@ struct HopperBuffers {
   }
 
   __device__ std::uint32_t own(int group) const {
-    return tokens(kSlots, 0) + group * kOwn * kPassBytes;
+    return tokens(kSlots, 0) + group * kOwn * kOwnBytes;
   }
 };
 

@@ -88,7 +88,8 @@ __device__ void load_weights(const SsmmArgs& args, const SlabScheduler<Shape>& s
     const std::uint8_t* expert = args.packed + work.expert * layout.expert_bytes;
     const int first = work.first_slab() * Buffers::kSlabTiles;
     const int count = work.num_slabs() * Buffers::kSlabTiles;
-    const int last_at_once = min(Buffers::kSlots, layout.blocks) - 1;
+    constexpr int kAtOnce = Buffers::kSlots - (Shape::kIsWide ? 1 : 0);  // not lent
+    const int last_at_once = min(kAtOnce, layout.blocks) - 1;
     for (int block = 0; block < layout.blocks; ++block) {
       for (int part = 0; part < kParts; ++part) {
         ptx::wait(buffers.empty_weights(turn.slot, part), turn.parity ^ 1);

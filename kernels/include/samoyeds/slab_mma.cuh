@@ -194,7 +194,7 @@ class SlabProduct {
     wait_for_tokens(0);
     start_half(first_, 0, adds_);
     adds_ = true;
-    buffers_.release_weights(slot_);
+    if (!Shape::kIsWide || left_ > 0) buffers_.release_weights(slot_);  // else they are lent
     wait_for_tokens(1);
     start_half(second_, 1);
     ptx::wgmma_wait<1>();

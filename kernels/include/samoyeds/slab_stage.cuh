@@ -28,12 +28,37 @@ struct SlabPasses {
   static constexpr bool kIsPanels = kIsGated || kOutput == Output::kPanels;
   static constexpr bool kIsCopied = kIsPanels || kIsMatrix;  // by SlabStore; else by SlabStage
   static constexpr int kPanels = kIsGated ? 1 : 2;           // of a slab
-  static constexpr int kRows = kPassRows / kPanels;          // tokens of a pass
-  static constexpr int kCount = ceil_div(Shape::kTokens, kRows);
+  static constexpr int kRows = Shape::kPassRows / kPanels;   // tokens of a pass, at most
+  static constexpr int kOwn = Shape::kOwnRows / kPanels;     // through a buffer of its own
+  static constexpr int kCount = Shape::kIsWide ? 2 + ceil_div(Shape::kTokens - 2 * kRows, kOwn)
+                                               : ceil_div(Shape::kTokens, kRows);
+
+  // There is a pass where there are more tokens than these.
+  // NOTE: by these functions ptxas unrolls less where a pass is not known when the kernel is
+  // compiled, so there they are called for wide tiles alone.
+  __device__ static constexpr int after(int pass) {
+    if (!Shape::kIsWide) return pass * kRows;
+    return pass < 2 ? pass * kOwn : pass == 2 ? kOwn + kRows : 2 * kRows + (pass - 2) * kOwn;
+  }
+  // Its first token: of wide tiles' last one, less than a box, a few that have gone out before.
+  __device__ static constexpr int first(int pass) {
+    constexpr int kLast = Shape::kTokens - kBoxRows;
+    return Shape::kIsWide && after(pass) > kLast ? kLast : after(pass);
+  }
+  // Its tokens, at most.
+  __device__ static constexpr int most(int pass) {
+    const int left = Shape::kTokens - first(pass);
+    return left < room(pass) ? left : room(pass);
+  }
+  // Tokens that there is room for.
+  __device__ static constexpr int room(int pass) {
+    return Shape::kIsWide && pass != 1 && pass != 2 ? kOwn : kRows;
+  }
 
   // In shared memory.
-  __device__ static std::uint32_t at(std::uint32_t results, int panel, int row, int column) {
-    return results + (panel * kRows + row) * kPanelBytes +
+  __device__ static std::uint32_t at(std::uint32_t results, int pass, int panel, int row,
+                                     int column) {
+    return results + (panel * (Shape::kIsWide ? room(pass) : kRows) + row) * kPanelBytes +
            swizzled_chunk(row, column / kChunkCols) + column % kChunkCols * 2;
   }
   // Of rows or a matrix, where a panel of a slab begins.
@@ -99,7 +124,7 @@ class SlabStage {
                             int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
-      if (pass * Passes::kRows >= work.count()) return;
+      if (Passes::after(pass) >= work.count()) return;
       if (!Buffers::is_lent(pass)) {
         Buffers::wait_until_free(group_, pass);
         if (pass == 0) tell(work, slot);
@@ -125,10 +150,12 @@ class SlabStage {
   // The passes that fit are staged before the first is stored: the registers of their sums are then
   // free for many loads and stores at a time.
   __device__ void rows(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) const {
-    constexpr int kFirst = Buffers::kLends ? Buffers::kMaxPasses - 1 : Buffers::kOwn;
+    constexpr int kFirst = Shape::kIsWide    ? 4
+                           : Buffers::kLends ? Buffers::kMaxPasses - 1
+                                             : Buffers::kOwn;
 #pragma unroll
     for (int pass = 0; pass < kFirst; ++pass) {
-      if (pass * Passes::kRows >= work.count()) break;
+      if (Passes::after(pass) >= work.count()) break;
       if (Buffers::kLends && pass == 1) Buffers::wait_for_others(work.num_slabs());
       stage(acc, pass, buffers_.results(group_, pass, slot));
     }
@@ -139,9 +166,10 @@ class SlabStage {
     if constexpr (Buffers::kLends) {
       for (int half = 0; half < Buffers::kHalves; ++half) buffers_.release_tokens(slot, half);
     }
+    if constexpr (Shape::kIsWide) buffers_.release_weights(slot);
 #pragma unroll
     for (int pass = kFirst; pass < Passes::kCount; ++pass) {
-      if (pass * Passes::kRows >= work.count()) break;
+      if (Passes::after(pass) >= work.count()) break;
       Buffers::sync_group(group_);  // all have read what lay there
       stage(acc, pass, buffers_.results(group_, pass, slot));
       Buffers::sync_group(group_);
@@ -159,11 +187,12 @@ class SlabStage {
     const int panel = thread / kPanelChunks % Passes::kPanels, slab = work.first_slab() + group_;
     T* out = static_cast<T*>(args_.out) + Passes::column(layout, slab, panel) + chunk * kChunkCols;
     const std::uint32_t results = buffers_.results(group_, pass, slot);
-    const int first = pass * Passes::kRows;
+    const int first = Passes::first(pass);
     constexpr int kStep = kGroupThreads / kRowThreads, kAtOnce = Buffers::kLends ? 2 : 1;
     static_assert(Passes::kRows % (kAtOnce * kStep) == 0, "no rest");
+    const int rows = Shape::kIsWide ? Passes::most(pass) : Passes::kRows;
 #pragma unroll 1
-    for (int row = thread / kRowThreads; row < Passes::kRows; row += kAtOnce * kStep) {
+    for (int row = thread / kRowThreads; row < rows; row += kAtOnce * kStep) {
       std::uint64_t to[kAtOnce];
       uint4 columns[kAtOnce];
 #pragma unroll
@@ -173,7 +202,7 @@ class SlabStage {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         columns[i] =
-            ptx::load_shared(Passes::at(results, panel, row + i * kStep, chunk * kChunkCols));
+            ptx::load_shared(Passes::at(results, pass, panel, row + i * kStep, chunk * kChunkCols));
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -185,9 +214,12 @@ class SlabStage {
   }
 
   // Of 8 tokens; the last pass may have fewer.
+  __device__ static constexpr int first_frag(int pass) {
+    return Shape::kIsWide ? Passes::first(pass) / 8 : pass * kFrags;
+  }
   __device__ static constexpr int frags_of(int pass) {
-    const int left = Shape::kTokens / 8 - pass * kFrags;
-    return left < kFrags ? left : kFrags;
+    const int left = Shape::kTokens / 8 - first_frag(pass), most = Passes::room(pass) / 8;
+    return left < most ? left : most;
   }
 
   struct Two {
@@ -199,10 +231,10 @@ class SlabStage {
       // A kept row has two dense rows, neighbours in the result.
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Place place(*this, results, c, 0);
+        const Place place(*this, results, pass, c, 0);
 #pragma unroll
         for (int frag = 0; frag < frags_of(pass); ++frag) {
-          const int i = (pass * kFrags + frag) * 4 + c;
+          const int i = (first_frag(pass) + frag) * 4 + c;
           put(place, frag, {acc.d[i], acc.odd[i]}, {acc.d[i + 2], acc.odd[i + 2]});
         }
       }
@@ -215,7 +247,7 @@ class SlabStage {
   // Where a thread puts its columns of token 8 * frag + 2t + c, for each frag: those of row g of
   // its tile, and of row g + 8. half: which 64 kept rows, N = M only.
   struct Place {
-    __device__ Place(const SlabStage& stage, std::uint32_t results, int c, int half) {
+    __device__ Place(const SlabStage& stage, std::uint32_t results, int pass, int c, int half) {
       const int token = threadIdx.x % 4 * 2 + c, g = stage.g_, warp = stage.warp_;
       int panel = 0, column, high_panel = 0, high_column = 0;
       if constexpr (kIsGated) {
@@ -231,8 +263,8 @@ class SlabStage {
         column = kIsSwitched ? warp % 2 * 32 + g * 2 : warp * 16 + g / 2 * 2;
         high_column = column + (kIsSwitched ? 16 : 8);
       }
-      low = Passes::at(results, panel, token, column);
-      high = Passes::at(results, high_panel, token, high_column);
+      low = Passes::at(results, pass, panel, token, column);
+      high = Passes::at(results, pass, high_panel, token, high_column);
     }
     std::uint32_t low, high;
   };
@@ -255,14 +287,14 @@ class SlabStage {
   __device__ void stage_half(const float (&d)[Shape::kTokens / 2], int half, int pass,
                              std::uint32_t results) const {
     const bool is_odd = g_ % 2;
-    const Place place(*this, results, is_odd, half);
+    const Place place(*this, results, pass, is_odd, half);
     const auto exchange = [&](float first, float second) -> Two {
       const float other = __shfl_xor_sync(0xffffffffu, is_odd ? first : second, 4);
       return {is_odd ? other : first, is_odd ? second : other};
     };
 #pragma unroll
     for (int frag = 0; frag < frags_of(pass); ++frag) {
-      const float* v = d + (pass * kFrags + frag) * 4;
+      const float* v = d + (first_frag(pass) + frag) * 4;
       put(place, frag, exchange(v[0], v[1]), exchange(v[2], v[3]));
     }
   }

@@ -53,10 +53,37 @@ class SlabStore {
   }
 
  private:
-  __device__ bool has(int pass) const { return pass * Passes::kRows < work_.count(); }
+  __device__ bool has(int pass) const {
+    return (Shape::kIsWide ? Passes::after(pass) : pass * Passes::kRows) < work_.count();
+  }
 
   __device__ void store_item() {
-    if constexpr (Buffers::kLends) {
+    if constexpr (Shape::kIsWide) {
+      // Each part of memory is given back as soon as it has been read.
+      store(0);
+      if (has(1)) {
+        store(1);
+        wait_for_reads<1>();
+      } else {
+        wait_for_reads<0>();
+      }
+      Buffers::set_free(group_, 0);
+      if (has(2)) store(2);
+      wait_for_reads<0>();
+      buffers_.give_back(slot_);
+      if (has(3)) {
+        store(3);
+        wait_for_reads<0>();
+      }
+      buffers_.give_weights_back(slot_);
+#pragma unroll
+      for (int pass = 4; pass < Passes::kCount; ++pass) {
+        if (!has(pass)) break;
+        store(pass);
+        wait_for_reads<0>();
+        Buffers::set_free(group_, pass);
+      }
+    } else if constexpr (Buffers::kLends) {
       // Copies go on: when at most the second one is left, the first one's pass has been read.
       store(0);
       if (has(1)) {
@@ -95,23 +122,34 @@ class SlabStore {
   __device__ void store(int pass) {
     if (pass > 0) wait_until_staged(pass);
     if (!is_leader()) return;
-    const int first = pass * Passes::kRows, count = min(Passes::kRows, work_.count() - first);
+    const int first = Shape::kIsWide ? Passes::first(pass) : pass * Passes::kRows;
+    const int room = Shape::kIsWide ? Passes::room(pass) : Passes::kRows;
+    const int count = min(room, work_.count() - first);
     const std::uint32_t results = buffers_.results(group_, pass, slot_);
     const int slab = work_.first_slab() + group_;
 #pragma unroll
     for (int panel = 0; panel < Passes::kPanels; ++panel) {
       if constexpr (Passes::kIsMatrix) {
         const int column = Passes::column(args_.layout, slab, panel);
-        // Tiles end where boxes do, or with the matrix.
-        for (int row = 0; row < count; row += kBoxRows) {
+        // Tiles end where boxes do, or with the matrix. For wide ones a loop would take more
+        // registers than these warps have.
+        const auto store_from = [&](int row) {
           ptx::store_box(args_.matrix, work_.first + first + row, column,
-                         Passes::at(results, panel, row, 0));
+                         Passes::at(results, pass, panel, row, 0));
+        };
+        if constexpr (Shape::kIsWide) {
+          static_assert(Passes::kRows == 3 * kBoxRows, "three boxes, or two");
+          store_from(0);
+          if (count > kBoxRows) store_from(kBoxRows);
+          if (count > 2 * kBoxRows) store_from(2 * kBoxRows);
+        } else {
+          for (int row = 0; row < count; row += kBoxRows) store_from(row);
         }
       } else {
         ptx::store_bulk(
             static_cast<std::uint8_t*>(args_.out) +
                 panel_offset(slab * Passes::kPanels + panel, args_.places, work_.first + first),
-            Passes::at(results, panel, 0, 0),
+            Passes::at(results, pass, panel, 0, 0),
             ceil_div(count, kPlaceAlign) * kPlaceAlign * kPanelBytes);
       }
     }

@@ -14,7 +14,7 @@ namespace samoyeds {
 // What the sizes follow from.
 struct TileProblem {
   int num_rows;
-  int most_tokens, step;  // of a tile; full ones are multiples of step
+  int most_tokens, step;  // of a tile; full ones have the most, or a multiple of step
   int parts;              // items of a tile
   int blocks;             // of k, 128 columns each
   int slab_tiles;         // of 16 kept rows: 4, or 8 where N = M
@@ -25,7 +25,8 @@ struct TileProblem {
 // the kernel's log, it takes some 353 more, and with few tokens as long as its weights need to
 // come; an item takes some 3000 beside its blocks.
 inline std::int64_t item_clocks(const TileProblem& problem, int tokens) {
-  const int multiplied = ceil_div(tokens, problem.step) * problem.step;
+  const int multiplied =
+      std::min(ceil_div(tokens, problem.step) * problem.step, problem.most_tokens);
   const int block = std::max(353 + problem.slab_tiles * multiplied, 150 * problem.slab_tiles);
   return static_cast<std::int64_t>(problem.blocks) * block + 3000;
 }
@@ -97,19 +98,29 @@ inline TileSizes best_sizes(const TileProblem& problem) {
     if (end && *end < best_end) best_end = *end, best = sizes;
   };
   const int step = problem.step;
-  for (int large = problem.most_tokens; large >= problem.most_tokens / 2; large -= step) {
+  // Multiples of the step, or the most.
+  for (int large = problem.most_tokens; large >= problem.most_tokens / 2;
+       large = (large - 1) / step * step) {
     const int most_large = problem.num_rows / large;
     for (int num_large = most_large; num_large >= std::max(0, most_large - kMaxGroup);
          --num_large) {
       const int left = problem.num_rows - num_large * large, least = ceil_div(left, large);
       if (left == 0) consider({large, num_large, large, 0});
       for (int count = least; count <= std::min(least + 1, kMaxGroup) && left > 0; ++count) {
-        const int small = ceil_div(ceil_div(left, count), step) * step;
+        const int small =
+            std::min(ceil_div(ceil_div(left, count), step) * step, problem.most_tokens);
         consider({large, num_large, small, ceil_div(left, small)});
       }
     }
   }
   return best;
+}
+
+// Whether tiles of another kernel are worth it, whose items take longer for their results.
+inline bool ends_sooner(const TileProblem& problem, const TileSizes& sizes,
+                        const TileProblem& other, const TileSizes& other_sizes) {
+  return 50 * *end_of_items(problem, sizes, INT64_MAX) <
+         49 * *end_of_items(other, other_sizes, INT64_MAX);
 }
 
 }  // namespace samoyeds

@@ -37,13 +37,8 @@ constexpr SsmmVariant variant() {
           {kernel<Shape, 0>(), kernel<Shape, 1>(), kernel<Shape, 2>(), kernel<Shape, 4>()}};
 }
 
-// As many tokens as there are registers for: where N = M weights take none.
-template <typename T, int kSwitchPeriod>
-using HopperShapeFor = HopperShape<T, kSwitchPeriod == 0 ? 208 : 192>;
-
-template <typename T, int kSwitchPeriod>
+template <class Shape, int kSwitchPeriod>
 constexpr void add_hopper_kernel(SsmmVariant& v, int number) {
-  using Shape = HopperShapeFor<T, kSwitchPeriod>;
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
   v.kernels[number] = hopper_kernel<Shape, kSwitchPeriod>;
   v.hopper_tokens[number] = Shape::kTokens;
@@ -53,7 +48,8 @@ constexpr void add_hopper_kernel(SsmmVariant& v, int number) {
 
 template <typename T>
 constexpr SsmmVariant hopper_variant() {
-  using Shape = HopperShapeFor<T, 4>;
+  // As many tokens as there are registers for: where N = M weights take none.
+  using Shape = HopperShape<T, 192>;
   SsmmVariant v{};
   v.m_frags = v.warps_n = v.warps_k = v.min_blocks = 1;
   v.n_frags = Shape::kTokens / 8;
@@ -61,10 +57,11 @@ constexpr SsmmVariant hopper_variant() {
   v.cluster = Shape::kCluster;
   v.threads = Shape::kThreads;
   v.needs_sm90a = v.is_hopper = true;
-  add_hopper_kernel<T, 0>(v, 0);
-  add_hopper_kernel<T, 1>(v, 1);
-  add_hopper_kernel<T, 2>(v, 2);
-  add_hopper_kernel<T, 4>(v, 3);
+  add_hopper_kernel<HopperShape<T, 208>, 0>(v, 0);
+  add_hopper_kernel<Shape, 1>(v, 1);
+  add_hopper_kernel<Shape, 2>(v, 2);
+  add_hopper_kernel<Shape, 4>(v, 3);
+  add_hopper_kernel<HopperShape<T, 200, true>, 4>(v, kWideKernel);
   return v;
 }
 

@@ -123,9 +123,10 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
 #define SAMOYEDS_D80 SAMOYEDS_D72 ", " "%72, %73, %74, %75, %76, %77, %78, %79"
 #define SAMOYEDS_D88 SAMOYEDS_D80 ", " "%80, %81, %82, %83, %84, %85, %86, %87"
 #define SAMOYEDS_D96 SAMOYEDS_D88 ", " "%88, %89, %90, %91, %92, %93, %94, %95"
+#define SAMOYEDS_D100 SAMOYEDS_D96 ", " "%96, %97, %98, %99"
 #define SAMOYEDS_D104 SAMOYEDS_D96 ", " "%96, %97, %98, %99, %100, %101, %102, %103"
-#define SAMOYEDS_OUT8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SAMOYEDS_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SAMOYEDS_OUT8(i) SAMOYEDS_OUT4(i), SAMOYEDS_OUT4(i + 4)
 #define SAMOYEDS_ALL8 SAMOYEDS_OUT8(0)
 #define SAMOYEDS_ALL16 SAMOYEDS_ALL8, SAMOYEDS_OUT8(8)
 #define SAMOYEDS_ALL24 SAMOYEDS_ALL16, SAMOYEDS_OUT8(16)
@@ -138,6 +139,7 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
 #define SAMOYEDS_ALL80 SAMOYEDS_ALL72, SAMOYEDS_OUT8(72)
 #define SAMOYEDS_ALL88 SAMOYEDS_ALL80, SAMOYEDS_OUT8(80)
 #define SAMOYEDS_ALL96 SAMOYEDS_ALL88, SAMOYEDS_OUT8(88)
+#define SAMOYEDS_ALL100 SAMOYEDS_ALL96, SAMOYEDS_OUT4(96)
 #define SAMOYEDS_ALL104 SAMOYEDS_ALL96, SAMOYEDS_OUT8(96)
 // size: accumulators of a thread, half the tokens; a, rest, flag: the operands after them by number.
 // The last of the ones and zeros: operands that are not transposed, those in shared memory.
@@ -171,6 +173,7 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSize]) {
   do(160, 80, dtype, 80, 81, 82, 83, 84, 85, 86, 87) \
   do(176, 88, dtype, 88, 89, 90, 91, 92, 93, 94, 95) \
   do(192, 96, dtype, 96, 97, 98, 99, 100, 101, 102, 103) \
+  do(200, 100, dtype, 100, 101, 102, 103, 104, 105, 106, 107) \
   do(208, 104, dtype, 104, 105, 106, 107, 108, 109, 110, 111)
 // clang-format on
 
@@ -182,7 +185,8 @@ template <typename T, int kTokens, int kSelector, int kSize, typename A>
 __device__ __forceinline__ void multiply_sparse_async(float (&d)[kSize], const A& a,
                                                       std::uint64_t b, std::uint32_t meta,
                                                       bool adds) {
-  static_assert(kTokens % 16 == 0 && kTokens > 0 && kTokens <= 208, "the sizes above");
+  static_assert((kTokens % 16 == 0 || kTokens == 200) && kTokens > 0 && kTokens <= 208,
+                "the sizes above");
   static_assert(2 * kSize >= kTokens, "an accumulator for each row and token");
   constexpr bool kIsBf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (std::is_same_v<A, uint4>) {
