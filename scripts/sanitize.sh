@@ -41,6 +41,7 @@ ln -s "$(realpath "$library")" "$folder/libsamoyeds.so" # the name that it is lo
 echo "== without a sanitizer"
 "$driver"
 "$driver" --forbidden
+"$driver" --wide
 
 # Freshly guarded memory behind every allocation; older sanitizers do not know the option.
 options="$("$sanitizer" --help)"
@@ -60,8 +61,14 @@ for tool in "${tools[@]}"; do
       run memcheck "${padding[@]}" "$driver"
       # NOTE: racecheck would rightly complain here: two rows of a damaged index may be the same.
       run memcheck "${padding[@]}" "$driver" --forbidden
+      run memcheck "${padding[@]}" "$driver" --wide
       ;;
-    *) run "$tool" "$driver" ;;
+    # NOTE: of wide tiles it reports as many hazards as it counts: run 85 of the kernel's log.
+    racecheck) run racecheck "$driver" ;;
+    *)
+      run "$tool" "$driver"
+      run "$tool" "$driver" --wide
+      ;;
   esac
 done
 exit "$status"

@@ -4,7 +4,8 @@
 // much, and what a kernel should write is left uninitialised, so that initcheck sees what it reads
 // before. Results are compared with plain loops. `--forbidden` runs the same on weights that break
 // the format (validation keeps those away from kernels): results are then whatever they are, but no
-// memory outside may be touched.
+// memory outside may be touched. `--wide` runs the Hopper kernel's wide tiles, which need many
+// rows.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -281,6 +282,12 @@ class Layer {
     std::printf("%s: right, with %d other plans\n", case_.name, num_plans);
   }
 
+  // Three rounds of wide tiles on 132 SMs: with fewer tokens a tile it would be four.
+  void run_wide() {
+    const SamoyedsPlan plan{1, kHopperFrags, 8, 1, 1, 3, 1, 1, 2};
+    if (is_hopper_here()) run_linear(down_, &plan, 3 * 66 * 200);
+  }
+
  private:
   int pairs() const { return case_.tokens * case_.top_k; }
   bool is_mine(int pair) const {
@@ -482,8 +489,6 @@ class Layer {
       fail("the library refuses the Hopper kernel: " + std::string(samoyeds_last_error()));
     }
     run_linear(down_, &down_plan);
-    // Three rounds of wide tiles, on 132 SMs, of which others would take a fourth.
-    if (case_.down.m == 2 && case_.down.v == 128) run_linear(down_, &down_plan, 3 * 66 * 200);
     return 1;
   }
 
@@ -567,8 +572,15 @@ void run_route(int tokens, int top_k, int experts, int tile_tokens) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool is_valid = !(argc > 1 && std::string(argv[1]) == "--forbidden");
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const bool is_valid = mode != "--forbidden";
   check(samoyeds_prepare(0), "prepare");
+  if (mode == "--wide") {
+    Layer({"(1,2,128), wide", 330, 3, 2, 256, 384, {1, 2, 128}, {1, 2, 128}, kBf16, kHopper}, true)
+        .run_wide();
+    std::printf("done\n");
+    return 0;
+  }
   if (is_valid) {
     run_route(1, 1, 1, 8);
     run_route(300, 4, 60, 32);
