@@ -43,6 +43,9 @@ __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
 }
 
 // Calls run(SlabPasses) with those of an output.
+// NOTE: of all outputs, also where tiles are wide, of which one comes about: with that alone ptxas
+// (CUDA 13.0) no longer sees that all lanes of a warp are at the same place of the ring, and matrix
+// instructions wait for their descriptors. Products took 2 % longer.
 template <class Shape, typename Run>
 __device__ __forceinline__ void for_output(Output output, Run&& run) {
   if (output == Output::kGated) return run(SlabPasses<Shape, Output::kGated>{});
