@@ -147,7 +147,7 @@ TOKENS = {
 
 
 @both_dtypes
-@pytest.mark.parametrize("text", ["1:2:128", "2:4"])
+@pytest.mark.parametrize("text", ["1:2:128", "1:2:64", "2:4"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_tokens_of_an_expert(tokens: int, text: str, dtype: torch.dtype, seed: int) -> None:
     """Beside an expert without tokens, and one that begins behind the empty places."""

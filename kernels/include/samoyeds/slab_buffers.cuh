@@ -23,8 +23,8 @@ struct HopperShape {
   // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
   // often.
   static constexpr int kTokens = kTokens_;
-  // Of a panel, go out at a time, or of two panels half of each; and those for which a warpgroup's
-  // own buffer has room.
+  // Rows of a panel that go out at a time, or of two panels half of each; and for how many of them
+  // a warpgroup's own buffer has room.
   static constexpr int kPassRows = 96, kOwnRows = kIsWide ? 64 : kPassRows;
   static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;

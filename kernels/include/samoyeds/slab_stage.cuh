@@ -77,6 +77,7 @@ class SlabStage {
   static constexpr bool kIsGated = Passes::kIsGated, kIsPanels = Passes::kIsPanels;
   static constexpr bool kIsCopied = Passes::kIsCopied;
   static constexpr int kFrags = Passes::kRows / 8;
+  static_assert(Passes::kCount <= Buffers::kMaxPasses, "each has a barrier");
 
  public:
   __device__ SlabStage(const SsmmArgs& args, const Buffers& buffers, int group)
