@@ -58,8 +58,9 @@ class SlabStore {
   }
 
   __device__ void store_item() {
-    if constexpr (Shape::kIsWide) {
-      // Each part of memory is given back as soon as it has been read.
+    if constexpr (Buffers::kLends) {
+      // Copies go on: when at most the second one is left, the first one's pass has been read. Each
+      // part of memory is given back as soon as it has been read.
       store(0);
       if (has(1)) {
         store(1);
@@ -71,32 +72,20 @@ class SlabStore {
       if (has(2)) store(2);
       wait_for_reads<0>();
       buffers_.give_back(slot_);
-      if (has(3)) {
-        store(3);
-        wait_for_reads<0>();
-      }
-      buffers_.give_weights_back(slot_);
+      if constexpr (Shape::kIsWide) {
+        if (has(3)) {
+          store(3);
+          wait_for_reads<0>();
+        }
+        buffers_.give_weights_back(slot_);
 #pragma unroll
-      for (int pass = 4; pass < Passes::kCount; ++pass) {
-        if (!has(pass)) break;
-        store(pass);
-        wait_for_reads<0>();
-        Buffers::set_free(group_, pass);
-      }
-    } else if constexpr (Buffers::kLends) {
-      // Copies go on: when at most the second one is left, the first one's pass has been read.
-      store(0);
-      if (has(1)) {
-        store(1);
-        wait_for_reads<1>();
-      } else {
-        wait_for_reads<0>();
-      }
-      Buffers::set_free(group_, 0);
-      if (has(2)) store(2);
-      wait_for_reads<0>();
-      buffers_.give_back(slot_);
-      if (has(3)) {
+        for (int pass = 4; pass < Passes::kCount; ++pass) {
+          if (!has(pass)) break;
+          store(pass);
+          wait_for_reads<0>();
+          Buffers::set_free(group_, pass);
+        }
+      } else if (has(3)) {
         store(3);
         wait_for_reads<0>();
         Buffers::set_free(group_, 3);
