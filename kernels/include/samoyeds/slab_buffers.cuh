@@ -13,6 +13,8 @@ inline constexpr int kSlabRows = 128;  // dense
 
 inline constexpr int kLiveStep = 16;  // tokens: a tile that is not full is multiplied in such steps
 
+inline constexpr int kWidePasses = 5;  // own buffer, lent tokens twice, lent weights, own buffer
+
 // kIsWide: V = 128, for products without routing: tiles of a few tokens more, where they save a
 // round of items. Their results take longer, as the slots leave less memory to them.
 template <typename T_, int kTokens_, bool kIsWide_ = false>
@@ -23,9 +25,10 @@ struct HopperShape {
   // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
   // often.
   static constexpr int kTokens = kTokens_;
-  // Rows of a panel that go out at a time, or of two panels half of each; and for how many of them
-  // a warpgroup's own buffer has room.
-  static constexpr int kPassRows = 96, kOwnRows = kIsWide ? 64 : kPassRows;
+  // Rows of a panel that go out at a time, or of two panels half of each. Of wide tiles as many do
+  // through lent tokens, fewer through lent weights, and a warpgroup's own buffer has room for some
+  // in between.
+  static constexpr int kPassRows = 96, kFewRows = 64, kOwnRows = kIsWide ? 80 : kPassRows;
   static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
@@ -78,8 +81,9 @@ struct HopperBuffers {
   static constexpr int kTilePanelBytes = Shape::kTokens * kPanelBytes;
   static constexpr int kPassBytes = Shape::kPassRows * kPanelBytes;
   static constexpr int kOwnBytes = Shape::kOwnRows * kPanelBytes;
+  static constexpr int kFewBytes = Shape::kFewRows * kPanelBytes;
   static constexpr int kMaxPasses =
-      Shape::kIsWide ? 6 : ceil_div(2 * Shape::kTokens, Shape::kPassRows);
+      Shape::kIsWide ? kWidePasses : ceil_div(2 * Shape::kTokens, Shape::kPassRows);
   static constexpr int kHalves = 2;
   // Whether the parts of a slot have barriers of their own. For V = 64 and 32 waiting and releasing
   // more often costs more than it gives, so there a slot is one part.
@@ -88,7 +92,8 @@ struct HopperBuffers {
   static constexpr int kWeightParts = kSwitchPeriod == 0 ? 2 : 1;
   static constexpr int kPartTiles = kSlabTiles / kWeightParts;  // of a slab
   static constexpr int kParts = kIsSplit ? kWeightParts + kHalves : 1;
-  static constexpr int kNumbersBytes = Shape::kTokens * 4;  // of a warpgroup, one for each token
+  // Of a warpgroup, one for each token, where results are rows: those of wide tiles never are.
+  static constexpr int kNumbersBytes = Shape::kIsWide ? 0 : Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
   static constexpr bool kLends = kSlots > 2;
   static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
@@ -103,7 +108,7 @@ struct HopperBuffers {
       kBarriers * 8 + kRounds * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
   static_assert(!kLends || 2 * kPassBytes <= kTilePanelBytes, "a panel is lent to two passes");
-  static_assert(!Shape::kIsWide || kAlignment - 1 + kOwnBytes <= kSlabTiles * kTileBytes,
+  static_assert(!Shape::kIsWide || kAlignment - 1 + kFewBytes <= kSlabTiles * kTileBytes,
                 "a slab's weights to one, wherever it has to begin");
 
   std::uint32_t base;  // shared memory, a multiple of kAlignment

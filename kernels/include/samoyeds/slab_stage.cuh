@@ -29,21 +29,15 @@ struct SlabPasses {
   static constexpr bool kIsCopied = kIsPanels || kIsMatrix;  // by SlabStore; else by SlabStage
   static constexpr int kPanels = kIsGated ? 1 : 2;           // of a slab
   static constexpr int kRows = Shape::kPassRows / kPanels;   // tokens of a pass, at most
-  static constexpr int kOwn = Shape::kOwnRows / kPanels;     // through a buffer of its own
-  static constexpr int kCount = Shape::kIsWide ? 2 + ceil_div(Shape::kTokens - 2 * kRows, kOwn)
-                                               : ceil_div(Shape::kTokens, kRows);
+  static constexpr int kFew = Shape::kFewRows / kPanels, kOwn = Shape::kOwnRows / kPanels;
+  static constexpr int kCount = Shape::kIsWide ? kWidePasses : ceil_div(Shape::kTokens, kRows);
 
-  // There is a pass where there are more tokens than these.
+  // Its first token; there is a pass where there are more tokens than those before it.
   // NOTE: by these functions ptxas unrolls less where a pass is not known when the kernel is
   // compiled, so there they are called for wide tiles alone.
-  __device__ static constexpr int after(int pass) {
-    if (!Shape::kIsWide) return pass * kRows;
-    return pass < 2 ? pass * kOwn : pass == 2 ? kOwn + kRows : 2 * kRows + (pass - 2) * kOwn;
-  }
-  // Its first token: of wide tiles' last one, less than a box, a few that have gone out before.
   __device__ static constexpr int first(int pass) {
-    constexpr int kLast = Shape::kTokens - kBoxRows;
-    return Shape::kIsWide && after(pass) > kLast ? kLast : after(pass);
+    if (!Shape::kIsWide) return pass * kRows;
+    return ((pass > 0) + (pass > 3)) * kFew + ((pass > 1) + (pass > 2)) * kRows;
   }
   // Its tokens, at most.
   __device__ static constexpr int most(int pass) {
@@ -52,7 +46,8 @@ struct SlabPasses {
   }
   // Tokens that there is room for.
   __device__ static constexpr int room(int pass) {
-    return Shape::kIsWide && pass != 1 && pass != 2 ? kOwn : kRows;
+    if (!Shape::kIsWide || pass == 1 || pass == 2) return kRows;
+    return pass < kCount - 1 ? kFew : kOwn;
   }
 
   // In shared memory.
@@ -125,7 +120,7 @@ class SlabStage {
                             int slot) const {
 #pragma unroll
     for (int pass = 0; pass < Passes::kCount; ++pass) {
-      if (Passes::after(pass) >= work.count()) return;
+      if (Passes::first(pass) >= work.count()) return;
       if (!Buffers::is_lent(pass)) {
         Buffers::wait_until_free(group_, pass);
         if (pass == 0) tell(work, slot);
@@ -156,7 +151,7 @@ class SlabStage {
                                              : Buffers::kOwn;
 #pragma unroll
     for (int pass = 0; pass < kFirst; ++pass) {
-      if (Passes::after(pass) >= work.count()) break;
+      if (Passes::first(pass) >= work.count()) break;
       if (Buffers::kLends && pass == 1) Buffers::wait_for_others(work.num_slabs());
       stage(acc, pass, buffers_.results(group_, pass, slot));
     }
@@ -170,7 +165,7 @@ class SlabStage {
     if constexpr (Shape::kIsWide) buffers_.release_weights(slot);
 #pragma unroll
     for (int pass = kFirst; pass < Passes::kCount; ++pass) {
-      if (Passes::after(pass) >= work.count()) break;
+      if (Passes::first(pass) >= work.count()) break;
       Buffers::sync_group(group_);  // all have read what lay there
       stage(acc, pass, buffers_.results(group_, pass, slot));
       Buffers::sync_group(group_);

@@ -54,7 +54,7 @@ class SlabStore {
 
  private:
   __device__ bool has(int pass) const {
-    return (Shape::kIsWide ? Passes::after(pass) : pass * Passes::kRows) < work_.count();
+    return (Shape::kIsWide ? Passes::first(pass) : pass * Passes::kRows) < work_.count();
   }
 
   __device__ void store_item() {
@@ -78,17 +78,12 @@ class SlabStore {
           wait_for_reads<0>();
         }
         buffers_.give_weights_back(slot_);
-#pragma unroll
-        for (int pass = 4; pass < Passes::kCount; ++pass) {
-          if (!has(pass)) break;
-          store(pass);
-          wait_for_reads<0>();
-          Buffers::set_free(group_, pass);
-        }
-      } else if (has(3)) {
-        store(3);
+      }
+      constexpr int kLast = Shape::kIsWide ? kWidePasses - 1 : 3;
+      if (has(kLast)) {
+        store(kLast);
         wait_for_reads<0>();
-        Buffers::set_free(group_, 3);
+        Buffers::set_free(group_, kLast);
       }
     } else {
       store(0);
@@ -127,10 +122,11 @@ class SlabStore {
                          Passes::at(results, pass, panel, row, 0));
         };
         if constexpr (Shape::kIsWide) {
-          static_assert(Passes::kRows == 3 * kBoxRows, "three boxes, or two");
+          static_assert(Passes::kRows == 3 * kBoxRows, "three boxes at most");
           store_from(0);
           if (count > kBoxRows) store_from(kBoxRows);
-          if (count > 2 * kBoxRows) store_from(2 * kBoxRows);
+          // Of 40 tokens the last 8 go out with 8 that have.
+          if (count > 2 * kBoxRows) store_from(room - kBoxRows);
         } else {
           for (int row = 0; row < count; row += kBoxRows) store_from(row);
         }
