@@ -100,6 +100,11 @@ class Instance(NamedTuple):
         """As its registers allow."""
         return 1 if self.m_frags * self.n_frags > (6 if self.is_stepped else 4) else 2
 
+    @property
+    def is_short(self) -> bool:
+        """The Hopper kernel with short tiles, whose results borrow no stage."""
+        return self.is_hopper and self.n_frags < 24
+
     def most_tokens(self, product: Product) -> int:
         """Of a tile: where N = M the Hopper kernel has registers for more."""
         return 208 if self.is_hopper and product.v == 0 else self.tokens
@@ -139,8 +144,10 @@ class Instance(NamedTuple):
         weights = groups * kept_rows // 16 * BLOCK_BYTES
         stage = self.most_tokens(product) * BLOCK_COLS * 2 + weights + 2 * 8
         stages = self.stages(product)[0]
-        # 96 tokens, 64 columns of 2 bytes; twice where two stages leave room for it
-        staged = groups * 96 * BLOCK_COLS * (2 if stages == 2 else 1)
+        # 96 tokens, 64 columns of 2 bytes; twice where two stages leave room for it, and twice 64
+        # where no stage is borrowed
+        staged_tokens = 128 if self.is_short else 192 if stages == 2 else 96
+        staged = groups * staged_tokens * BLOCK_COLS
         return stages * stage + staged + 1024
 
 
@@ -163,13 +170,15 @@ class PlanNumbers(NamedTuple):
 
 
 HOPPER = Instance(m_frags=1, n_frags=24, warps_m=8, warps_n=1, warps_k=1, cluster=2)
+SHORT = HOPPER._replace(n_frags=22)
 
 
 def compiled_instances() -> list[Instance]:
     table = VARIANTS.read_text()
     found = re.findall(r"SsmmShape<T,([\s\d,]+)>", table)
     instances = [Instance(*map(int, numbers.split(","))) for numbers in found]
-    return instances + [HOPPER] * len(re.findall(r"hopper_variant<T>\(\)", table))
+    hopper = {"full_tiles<T>(),": HOPPER, "short_tiles<T>(),": SHORT}
+    return instances + [instance for entry, instance in hopper.items() if entry in table]
 
 
 INSTANCES = compiled_instances()
@@ -192,6 +201,9 @@ def broken_rules(plan: PlanNumbers, product: Product, gpu: Gpu) -> list[str]:
         is_whole = product.rows % SLAB_ROWS == 0 and product.cols % BLOCK_COLS == 0
         rules["multiples of 128"] = is_whole
         rules[f"1 split and {stages} stages"] = (plan.splits, plan.stages) == (1, stages)
+        rules["multiple of 128"] = not instance.is_short or (
+            product.v > 0 and product.v % BLOCK_COLS == 0
+        )
     else:
         # The largest have no registers left for rows that switch every 32 columns.
         is_short = instance.needs_sm90a and not instance.is_stepped

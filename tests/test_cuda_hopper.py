@@ -46,7 +46,7 @@ from cuda_helpers import (
     workspace_for,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits
-from plans import HOPPER, Gpu, Instance, PlanNumbers, Product, broken_rules
+from plans import HOPPER, SHORT, Gpu, Instance, PlanNumbers, Product, broken_rules
 from torch.profiler import ProfilerActivity, profile
 
 from samoyeds_hf import library
@@ -79,14 +79,16 @@ def product_of(weight: Weight, may_split: bool = False) -> Product:
     return Product(v, weight.rows, weight.cols, may_split)
 
 
-def hopper_plan(weight: Weight, **changes: int) -> library.Plan:
-    """The only one, or one step beyond."""
-    numbers = HOPPER.plan(HOPPER.stages(product_of(weight))[0])
+def hopper_plan(weight: Weight, instance: Instance = HOPPER, **changes: int) -> library.Plan:
+    """The only one of an instance, or one step beyond."""
+    numbers = instance.plan(instance.stages(product_of(weight))[0])
     return library.Plan(*numbers._replace(**changes))
 
 
-def layer_plans(layer: Layer) -> dict[str, library.Plan]:
-    return {"plan": hopper_plan(layer.gate_up), "down_plan": hopper_plan(layer.down)}
+def layer_plans(
+    layer: Layer, up: Instance = HOPPER, down: Instance = HOPPER
+) -> dict[str, library.Plan]:
+    return {"plan": hopper_plan(layer.gate_up, up), "down_plan": hopper_plan(layer.down, down)}
 
 
 def instance_of(plan: library.Plan) -> Instance:
@@ -103,11 +105,11 @@ def layer_with(counts: list[int], dtype: torch.dtype, seed: int, sizes: Shape = 
     return layer
 
 
-def check_layer(layer: Layer, seed: int) -> None:
+def check_layer(layer: Layer, seed: int, up: Instance = HOPPER, down: Instance = HOPPER) -> None:
     """The layer, and each of its products alone."""
-    check_mlp(layer, **layer_plans(layer))
-    check_up(layer, hopper_plan(layer.gate_up))
-    check_down(layer, seed, hopper_plan(layer.down))
+    check_mlp(layer, **layer_plans(layer, up, down))
+    check_up(layer, hopper_plan(layer.gate_up, up))
+    check_down(layer, seed, hopper_plan(layer.down, down))
 
 
 # --- patterns, tokens, sizes -----------------------------------------------------------------
@@ -162,6 +164,79 @@ def test_every_size_of_the_instruction(text: str, dtype: torch.dtype, seed: int)
     most = MOST_TOKENS[text]
     counts = [size - 3 for size in {*range(16, most, 16), most}]
     check_layer(layer_with(counts, dtype, seed, MIDDLE._replace(up=text, down=text)), seed)
+
+
+# --- short tiles, V = 128 alone --------------------------------------------------------------
+
+SHORT_SIZES = MIDDLE._replace(up="1:2:128", down="1:2:128")
+SHORT_TOKENS = {
+    1: "seven of the eight places are empty",
+    33: "the second buffer of results, with one token",
+    65: "up: the second buffer; down: the first one again",
+    175: "a tile but for one",
+    176: "a full tile",
+    177: "two tiles, of 96 and of 81",
+    1537: "nine tiles: a full group, and one of a single tile",
+}
+
+
+@both_dtypes
+@pytest.mark.parametrize("tokens", SHORT_TOKENS)
+def test_short_tiles(tokens: int, dtype: torch.dtype, seed: int) -> None:
+    """Beside an expert without tokens, and one that begins behind the empty places."""
+    layer = layer_with([tokens, 0, 5], dtype, seed, SHORT_SIZES)
+    check_layer(layer, seed, SHORT, SHORT)
+    for up, down in ((SHORT, HOPPER), (HOPPER, SHORT)):  # each has tiles of its own
+        check_mlp(layer, **layer_plans(layer, up, down))
+
+
+@both_dtypes
+def test_every_size_of_short_tiles(dtype: torch.dtype, seed: int) -> None:
+    counts = [size - 3 for size in range(16, 177, 16)]
+    check_layer(layer_with(counts, dtype, seed, SHORT_SIZES), seed, SHORT, SHORT)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SHORT_SIZES._replace(tokens=450, experts=5, top_k=3, routing="sentinels"),
+        Shape(16384, 8, 8, 256, 128, "1:2:128", "1:2:128"),  # many rounds of every thread block
+        # up of six slabs: those beyond four of two tiles are one item; down of five
+        Shape(8192, 32, 8, 640, 384, "1:2:128", "1:2:128", routing="distinct"),
+        Shape(260, 2, 2, 4096, 128, "1:2:256", "1:2:128"),  # long k of up, and another V
+        Shape(260, 2, 2, 128, 4096, "1:2:128", "1:2:512"),  # long k of down
+    ],
+    ids=str,
+)
+def test_layers_of_short_tiles(shape: Shape, seed: int) -> None:
+    check_layer(random_layer(shape, torch.bfloat16, seed), seed, SHORT, SHORT)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("m", "k"), [(384, 256), (768, 256), (7168, 128)])
+def test_linear_of_short_tiles(m: int, k: int, dtype: torch.dtype, seed: int) -> None:
+    """Nobody chooses it; rows that the warpgroups store, and rows through a tensor map."""
+    rng = generator(seed)
+    weight = random_weight((1, m, k), "1:2:128", dtype, rng)
+    for rows in (97, 176, 177, 5003):
+        x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
+        check_linear(weight, x, hopper_plan(weight, SHORT))
+
+
+def test_short_tiles_do_not_see_each_other(seed: int) -> None:
+    """NaN in all tokens of one expert, and in some of another, stays there."""
+    layer = layer_with([200, 0, 150], torch.bfloat16, seed, SHORT_SIZES)
+    plans_of_it = layer_plans(layer, SHORT, SHORT)
+    clean = moe_mlp(layer, **plans_of_it)
+    is_bad = layer.top_k_index[:, 0] == 2
+    is_bad[(~is_bad).nonzero()[[0, 7, 8, 101, -1], 0]] = True
+    layer.hidden[is_bad] = float("nan")
+    found = moe_mlp(layer, **plans_of_it)
+    assert_same_bits(found[~is_bad], clean[~is_bad])
+    assert found[is_bad].isnan().any(dim=1).all()
+
+
+# --- routings and sizes ----------------------------------------------------------------------
 
 
 @both_dtypes
@@ -321,7 +396,7 @@ def check_wide(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: i
         synchronize()
     names = [event.name for event in profiled.events() if "hopper_kernel" in event.name]
     assert names, "the Hopper kernel ran"
-    return any(", true>" in name for name in names)
+    return any(", 200," in name.replace("(int)", "") for name in names)
 
 
 @both_dtypes
@@ -483,18 +558,20 @@ def test_a_graph_follows_its_inputs(dtype: torch.dtype, seed: int) -> None:
 
 
 @each_pattern
-def test_there_is_one_plan(text: str) -> None:
+@pytest.mark.parametrize("instance", [HOPPER, SHORT], ids=["full", "short"])
+def test_there_is_one_plan(instance: Instance, text: str) -> None:
     layer = random_layer(MIDDLE._replace(tokens=3, up=text, down=text), torch.bfloat16, 0)
     for is_down, weight in ((False, layer.gate_up), (True, layer.down)):
         product, taken = product_of(weight, may_split=is_down), []
-        for plan in plans.plans_of(HOPPER, product.blocks):
+        for plan in plans.plans_of(instance, product.blocks):
             found = refused(plan, layer, is_down)
             if found is None:
                 taken.append(plan)
             else:
                 broken = broken_rules(plan, product, Gpu.current())
                 assert any(words in found for words in broken), f"{plan}: {found}, but {broken}"
-        assert taken == [HOPPER.plan(stages=2 if text == "2:4" else 3)]
+        is_served = instance == HOPPER or text == "1:2:128"
+        assert taken == [instance.plan(stages=2 if text == "2:4" else 3)] * is_served
 
 
 def check_refusal(status: int, words: str, call: Any, *arguments: Any) -> None:
@@ -594,6 +671,22 @@ def test_many_tokens_choose_it(text: str, seed: int) -> None:
             assert (instance_of(plan) == HOPPER) == is_ours
             assert not is_ours or bytes(plan) == bytes(hopper_plan(weight))
     assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer)))
+
+
+@each_pattern
+def test_short_tiles_are_chosen_where_they_are_as_many(text: str) -> None:
+    """Of 256 tokens an expert there are two tiles either way, of 384 three instead of two."""
+    layer = random_layer(Shape(4, 16, 1, 1024, 768, text, text), torch.bfloat16, 0)
+    for is_down, weight in ((False, layer.gate_up), (True, layer.down)):
+        for tokens_each, instance in ((96, SHORT), (256, SHORT), (384, HOPPER)):
+            chosen = instance_of(chosen_plan(weight, 16 * tokens_each, 1, is_down))
+            assert chosen == (instance if text == "1:2:128" else HOPPER), tokens_each
+
+
+def test_a_layer_of_short_tiles_by_itself(seed: int) -> None:
+    layer = random_layer(Shape(2048, 16, 2, 1024, 768, "1:2:128", "1:2:128"), torch.bfloat16, seed)
+    assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer, SHORT, SHORT)))
+    check_mlp(layer)
 
 
 def test_many_rows_choose_it(seed: int) -> None:

@@ -32,7 +32,17 @@ from cuda_helpers import (
     refused,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits, silu_gate
-from plans import HOPPER, INSTANCES, Gpu, Instance, PlanNumbers, Product, broken_rules, legal_plans
+from plans import (
+    HOPPER,
+    INSTANCES,
+    SHORT,
+    Gpu,
+    Instance,
+    PlanNumbers,
+    Product,
+    broken_rules,
+    legal_plans,
+)
 from torch.nn import functional
 
 from samoyeds_hf import SparsityPattern, library
@@ -118,7 +128,8 @@ def test_what_the_rules_allow_is_taken_and_nothing_else(text: str) -> None:
     is_stepped = products_of(text)[0].is_stepped
     ours = [instance for instance in INSTANCES if instance.is_stepped == is_stepped]
     assert all(taken[instance] for instance in ours if not instance.needs_sm90a)
-    assert gpu.capability != 90 or taken[HOPPER] == (2 if text == "1:2:128" else 0)
+    for instance in (HOPPER, SHORT):
+        assert gpu.capability != 90 or taken[instance] == (2 if text == "1:2:128" else 0)
 
 
 def test_no_kernel_but_the_compiled_ones() -> None:
@@ -126,7 +137,9 @@ def test_no_kernel_but_the_compiled_ones() -> None:
     sizes = (1, 2, 4, 8)
     others = {
         Instance(*frags, *warps, cluster)
-        for frags in itertools.product((*sizes, 3, 6), (*sizes, 3, 6, HOPPER.n_frags))
+        for frags in itertools.product(
+            (*sizes, 3, 6), (*sizes, 3, 6, SHORT.n_frags, HOPPER.n_frags)
+        )
         for warps in itertools.product(sizes, repeat=3)
         for cluster in (0, 1, 2, 4)
     } - set(INSTANCES)

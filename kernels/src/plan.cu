@@ -17,6 +17,9 @@ constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
+// Of an item, as no slot is lent to its results: run 87 of the Hopper kernel's log.
+constexpr int kSavedByShortTiles = 400;  // clocks
+constexpr double kShortGain = 0.005;     // the least that they are chosen for
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
 struct Load {
@@ -74,6 +77,38 @@ int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPla
     if (shared_bytes(variant, plan, layout) <= budget) return static_cast<int>(plan.stages);
   }
   return 0;
+}
+
+// Clocks of an expert's tiles of tokens, on average, a part of the rows each: Hopper kernel only.
+double expected_clocks(const SsmmVariant& variant, const Layout& layout, double tokens) {
+  TileProblem problem{};
+  problem.most_tokens = tokens_of(variant, layout);
+  problem.step = kLiveStep;
+  problem.blocks = layout.blocks;
+  problem.slab_tiles = slab_tiles(layout);
+  // If tokens choose alike, how many an expert meets is Poisson's, by the normal distribution.
+  constexpr int kSteps = 12;  // to either side
+  constexpr double kStep = 0.25;
+  double clocks = 0, weights = 0;
+  for (int i = -kSteps; i <= kSteps; ++i) {
+    const int count = std::max(1, static_cast<int>(tokens + i * kStep * std::sqrt(tokens) + 0.5));
+    const int tiles = ceil_div(count, problem.most_tokens);
+    const auto each = static_cast<double>(item_clocks(problem, ceil_div(count, tiles)));
+    const double weight = std::exp(-0.5 * (i * kStep) * (i * kStep));
+    clocks += weight * tiles * (each - (variant.is_short ? kSavedByShortTiles : 0));
+    weights += weight;
+  }
+  return clocks / weights;
+}
+
+// Whether an expert's short tiles take less time than the full ones of the same rows.
+bool are_worth_it(const SamoyedsPlan& short_tiles, const Layout& layout, double tokens) {
+  SamoyedsPlan full_tiles = short_tiles;
+  full_tiles.n_frags = kFullFrags;
+  const auto clocks = [&](const SamoyedsPlan& plan) {
+    return expected_clocks(*find_variant(plan, SAMOYEDS_BF16), layout, tokens);
+  };
+  return clocks(short_tiles) < (1 - kShortGain) * clocks(full_tiles);
 }
 
 int steps_of(const Layout& layout, const SamoyedsPlan& plan) {
@@ -155,7 +190,8 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
                            : "this plan needs a weight with the pattern (3, 4, V), found another");
   }
   if (!kernel_for(*variant, layout)) {
-    return unsupported("this plan needs a V that is a multiple of 64");
+    return unsupported("this plan needs a V that is a multiple of " +
+                       std::string(variant->is_hopper ? "128" : "64"));
   }
   if (variant->is_hopper && is_down && layout.interleaved) {
     return unsupported("this plan needs a down product whose weight is no gate_up, found one");
@@ -200,8 +236,8 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
   for (const Rule& rule : kRules) {
     const SsmmVariant& variant = *find_variant(rule.plan, SAMOYEDS_BF16);
     const bool may_run =
-        serves(variant, layout) && device.capability >= rule.min_capability &&
-        device.capability <= rule.max_capability &&
+        serves(variant, layout) && kernel_for(variant, layout) &&
+        device.capability >= rule.min_capability && device.capability <= rule.max_capability &&
         (!switches_rows(layout) || rule.v_step == 0 || layout.pattern.v % rule.v_step == 0);
     if (!may_run || layout.cols < rule.min_cols || load.tokens_each < rule.min_tokens ||
         load.tokens_each > rule.max_tokens) {
@@ -209,6 +245,11 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
     }
     SamoyedsPlan plan = rule.plan;
     if (variant.is_hopper && !(allows_hopper && may_use_hopper(device, layout, is_down))) continue;
+    // A product without routing has sizes of its own, see tile_sizes.hpp.
+    if (variant.is_short &&
+        (num_experts == 1 || !are_worth_it(rule.plan, layout, load.tokens_each))) {
+      continue;
+    }
     const bool may_split = is_down && !variant.is_hopper && num_tokens * top_k <= kMaxSplitPairs;
     const double items = expected_tiles(load, variant, layout) * parts_of(variant, layout) *
                          variant.cluster * (may_split ? max_splits(layout, plan) : 1);
@@ -256,7 +297,7 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
                         slab_tiles(args.layout),
                         static_cast<int>(slots)};
     TileSizes& sizes = args.tokens.sizes = best_sizes(problem);
-    if (switch_period(args.layout) == 4) {
+    if (variant.kernels[kWideKernel] && switch_period(args.layout) == 4) {
       TileProblem wide_problem = problem;
       wide_problem.most_tokens = variant.hopper_tokens[kWideKernel];
       const TileSizes wide = best_sizes(wide_problem);

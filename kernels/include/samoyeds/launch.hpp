@@ -24,10 +24,10 @@ struct SsmmVariant {
   // By switch_period(): 0, 1, 2, 4; and kWideKernel. Null where there is none.
   SsmmKernel kernels[5];
   // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
-  bool is_hopper = false;
+  bool is_hopper = false, is_short = false;  // with short tiles, see TileSize
   int hopper_tokens[5] = {}, hopper_stages[5] = {}, hopper_bytes[5] = {};  // as `kernels`
 };
-inline constexpr int kNumVariants = 19;
+inline constexpr int kNumVariants = 20;
 // Hopper, period 4: with a few tokens more a tile, for products without routing.
 inline constexpr int kWideKernel = 4;
 const SsmmVariant* bf16_variants();  // [kNumVariants]

@@ -13,14 +13,37 @@ inline constexpr int kSlabRows = 128;  // dense
 
 inline constexpr int kLiveStep = 16;  // tokens: a tile that is not full is multiplied in such steps
 
+// By a whole warp, when its lanes have done what they arrive for: lane i calls arrive(i), for i <
+// kCount.
+// NOTE: racecheck follows an mbarrier from the lanes that arrive, and not from those that
+// __syncwarp() puts before them. In a library built for it all lanes arrive.
+#ifdef SAMOYEDS_RACECHECK
+inline constexpr int kArrivingLanes = kWarpThreads;
+#else
+inline constexpr int kArrivingLanes = 1;
+#endif
+template <int kCount, typename Arrive>
+__device__ __forceinline__ void arrive_for_warp(Arrive&& arrive) {
+  __syncwarp();
+  if constexpr (kArrivingLanes == 1) {
+    const int lane = threadIdx.x % kWarpThreads;
+    if (lane < kCount) arrive(lane);
+  } else {
+    for (int i = 0; i < kCount; ++i) arrive(i);
+  }
+}
+
 inline constexpr int kWidePasses = 5;  // own buffer, lent tokens twice, lent weights, own buffer
 
-// kIsWide: V = 128, for products without routing: tiles of a few tokens more, where they save a
-// round of items. Their results take longer, as the slots leave less memory to them.
-template <typename T_, int kTokens_, bool kIsWide_ = false>
+// Others than full ones for V = 128 only. Short: fewer tokens leave so much memory to results that
+// no slot is lent to them, and items take less time. Wide, for products without routing: a few
+// tokens more, where they save a round of items, and less memory for results, which take longer.
+enum class TileSize { kFull, kShort, kWide };
+
+template <typename T_, int kTokens_, TileSize kSize = TileSize::kFull>
 struct HopperShape {
   using T = T_;
-  static constexpr bool kIsWide = kIsWide_;
+  static constexpr bool kIsShort = kSize == TileSize::kShort, kIsWide = kSize == TileSize::kWide;
   static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads and stores
   // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
   // often.
@@ -28,7 +51,8 @@ struct HopperShape {
   // Rows of a panel that go out at a time, or of two panels half of each. Of wide tiles as many do
   // through lent tokens, fewer through lent weights, and a warpgroup's own buffer has room for some
   // in between.
-  static constexpr int kPassRows = 96, kFewRows = 64, kOwnRows = kIsWide ? 80 : kPassRows;
+  static constexpr int kPassRows = kIsShort ? 64 : 96, kFewRows = 64;
+  static constexpr int kOwnRows = kIsWide ? 80 : kPassRows;
   static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
@@ -67,9 +91,9 @@ struct SlabWork {
 // the tokens' part of the item's last one is lent for the second and third pass: each warpgroup has
 // one of its panels, once both are done with it; of wide tiles, whose own buffers are smaller, its
 // weights for the fourth, too. With two slots there is room for two buffers each, which take passes
-// in turn. Where a warp stores for a warpgroup, `staged` completes when a pass is written, with the
-// first it is told what it is of, and it gives the memory back: the own buffer, then what was lent.
-// Where none does, that warp brings the rows' numbers.
+// in turn, as short tiles have. Where a warp stores for a warpgroup, `staged` completes when a pass
+// is written, with the first it is told what it is of, and it gives the memory back: the own
+// buffer, then what was lent. Where none does, that warp brings the rows' numbers.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
@@ -95,7 +119,7 @@ struct HopperBuffers {
   // Of a warpgroup, one for each token, where results are rows: those of wide tiles never are.
   static constexpr int kNumbersBytes = Shape::kIsWide ? 0 : Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
-  static constexpr bool kLends = kSlots > 2;
+  static constexpr bool kLends = kSlots > 2 && !Shape::kIsShort;
   static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
   static constexpr int kRounds = 8;            // that may be known, see next_item()
   static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses + kRounds;
@@ -157,7 +181,8 @@ struct HopperBuffers {
   }
 
   __device__ void init() const {
-    constexpr int kReaders = Shape::kGroups * kGroupWarps;
+    constexpr int kGroupArrivals = kGroupWarps * kArrivingLanes;
+    constexpr int kReaders = Shape::kGroups * kGroupArrivals;
     for (int slot = 0; slot < kSlots; ++slot) {
       for (int part = 0; part < kWeightParts; ++part) {
         ptx::init_barrier(full_weights(slot, part), 1);
@@ -171,7 +196,7 @@ struct HopperBuffers {
     }
     for (int group = 0; group < Shape::kGroups; ++group) {
       for (int pass = 0; pass < kMaxPasses; ++pass) {
-        ptx::init_barrier(staged(group, pass), kGroupWarps);
+        ptx::init_barrier(staged(group, pass), kGroupArrivals);
       }
     }
     for (int round = 0; round < kRounds; ++round) ptx::init_barrier(told(round), 1);
@@ -225,31 +250,25 @@ struct HopperBuffers {
   // thread block of the cluster, as they load for each other.
   __device__ __forceinline__ void release_weights(int slot, int part = 0) const {
     if constexpr (kIsSplit) {
-      __syncwarp();
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(empty_weights(slot, part));
+      arrive_for_warp<1>([&](int) { ptx::arrive(empty_weights(slot, part)); });
     }
   }
   __device__ __forceinline__ void release_tokens(int slot, int half) const {
     if (!kIsSplit && half + 1 < kHalves) return;
-    __syncwarp();
-    const int lane = threadIdx.x % kWarpThreads;
-    // Lane 0 in its own thread block, see get().
-    const int rank = lane ^ static_cast<int>(blockIdx.x % Shape::kCluster);
-    if (lane < Shape::kCluster) ptx::arrive_at(empty_tokens(slot, half), rank);
+    arrive_for_warp<Shape::kCluster>([&](int i) {
+      // Lane 0 in its own thread block, see get().
+      ptx::arrive_at(empty_tokens(slot, half), i ^ static_cast<int>(blockIdx.x % Shape::kCluster));
+    });
   }
   // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
-    __syncwarp();
-    const int lane = threadIdx.x % kWarpThreads;
     constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a part
-    if (lane < (kIsSplit ? kHalves : 1) * kArrivals) {
-      ptx::arrive_at(empty_tokens(slot, lane / kArrivals), lane % Shape::kCluster);
-    }
+    arrive_for_warp<(kIsSplit ? kHalves : 1) * kArrivals>(
+        [&](int i) { ptx::arrive_at(empty_tokens(slot, i / kArrivals), i % Shape::kCluster); });
   }
   // Likewise its weights.
   __device__ __forceinline__ void give_weights_back(int slot) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads < kGroupWarps) ptx::arrive(empty_weights(slot));
+    arrive_for_warp<kGroupWarps>([&](int) { ptx::arrive(empty_weights(slot)); });
   }
   // By the warp that stores, and at first: a warpgroup's own buffer for a pass may be written. This
   // and the next are named barriers, whose parity would take a register from those that multiply.

@@ -139,8 +139,7 @@ class SlabStage {
   }
 
   __device__ void arrive(int pass) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(buffers_.staged(group_, pass));
+    arrive_for_warp<1>([&](int) { ptx::arrive(buffers_.staged(group_, pass)); });
   }
 
   // The passes that fit are staged before the first is stored: the registers of their sums are then

@@ -19,8 +19,7 @@ __device__ void bring_numbers(const SsmmArgs& args, const SlabScheduler<Shape>& 
       const int row = args.tokens.pairs ? __ldg(args.tokens.pairs + place) : place;
       ptx::store_shared(buffers.numbers(group) + i * 4, static_cast<std::uint32_t>(row));
     }
-    __syncwarp();
-    if (lane < kGroupWarps) ptx::arrive(buffers.staged(group, 0));
+    arrive_for_warp<kGroupWarps>([&](int) { ptx::arrive(buffers.staged(group, 0)); });
     look_ahead();
     Buffers::wait_until_numbers_are_read(group);
   });

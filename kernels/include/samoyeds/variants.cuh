@@ -46,10 +46,8 @@ constexpr void add_hopper_kernel(SsmmVariant& v, int number) {
   v.hopper_bytes[number] = Buffers::kBytes;
 }
 
-template <typename T>
+template <class Shape>
 constexpr SsmmVariant hopper_variant() {
-  // As many tokens as there are registers for: where N = M weights take none.
-  using Shape = HopperShape<T, 192>;
   SsmmVariant v{};
   v.m_frags = v.warps_n = v.warps_k = v.min_blocks = 1;
   v.n_frags = Shape::kTokens / 8;
@@ -57,11 +55,28 @@ constexpr SsmmVariant hopper_variant() {
   v.cluster = Shape::kCluster;
   v.threads = Shape::kThreads;
   v.needs_sm90a = v.is_hopper = true;
+  return v;
+}
+
+template <typename T>
+constexpr SsmmVariant full_tiles() {
+  // As many tokens as there are registers for: where N = M weights take none.
+  using Shape = HopperShape<T, 192>;
+  SsmmVariant v = hopper_variant<Shape>();
   add_hopper_kernel<HopperShape<T, 208>, 0>(v, 0);
   add_hopper_kernel<Shape, 1>(v, 1);
   add_hopper_kernel<Shape, 2>(v, 2);
   add_hopper_kernel<Shape, 4>(v, 3);
-  add_hopper_kernel<HopperShape<T, 200, true>, 4>(v, kWideKernel);
+  add_hopper_kernel<HopperShape<T, 200, TileSize::kWide>, 4>(v, kWideKernel);
+  return v;
+}
+
+template <typename T>
+constexpr SsmmVariant short_tiles() {
+  using Shape = HopperShape<T, 176, TileSize::kShort>;
+  SsmmVariant v = hopper_variant<Shape>();
+  v.is_short = true;
+  add_hopper_kernel<Shape, 4>(v, 3);
   return v;
 }
 
@@ -86,7 +101,8 @@ const SsmmVariant* variants() {
       variant<SsmmShape<T, 3, 2, 4, 2, 1>>(),
       variant<SsmmShape<T, 3, 4, 4, 2, 1>>(),
       variant<SsmmShape<T, 3, 6, 4, 2, 1>>(),
-      hopper_variant<T>(),
+      full_tiles<T>(),
+      short_tiles<T>(),
   };
   return table;
 }
