@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # compute-sanitizer over a small run of every kernel (tests/sanitize_kernels.cu); needs a GPU.
 #   scripts/sanitize.sh [memcheck] [racecheck] [initcheck] [synccheck]
-# Without names: the first three.
+# Without names: the first three. For racecheck the kernels are built once more, in a minute or two,
+# as it takes some signals between warps for races (kernels/README.md); SAMOYEDS_RACECHECK_LIBRARY
+# names a library that was built so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,10 +35,13 @@ print(found.path)')"
 
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-driver="$folder/sanitize_kernels"
-ln -s "$(realpath "$library")" "$folder/libsamoyeds.so" # the name that it is looked for by
-"$nvcc" -std=c++17 -O1 -Ikernels/include tests/sanitize_kernels.cu "$folder/libsamoyeds.so" \
-  -Xlinker -rpath -Xlinker "$folder" -o "$driver"
+driver="$folder/library/sanitize_kernels" racecheck_driver="$folder/racecheck/sanitize_kernels"
+build_driver() { # of a library, which lies beside it
+  mkdir "$2" && ln -s "$(realpath "$1")" "$2/libsamoyeds.so"
+  "$nvcc" -std=c++17 -O1 -Ikernels/include tests/sanitize_kernels.cu "$2/libsamoyeds.so" \
+    -Xlinker -rpath -Xlinker "$2" -o "$2/sanitize_kernels"
+}
+build_driver "$library" "$folder/library"
 
 echo "== without a sanitizer"
 "$driver"
@@ -47,6 +52,23 @@ echo "== without a sanitizer"
 options="$("$sanitizer" --help)"
 padding=()
 if [[ "$options" == *--padding* ]]; then padding=(--padding 4096); fi
+
+build_racecheck_driver() {
+  local library="${SAMOYEDS_RACECHECK_LIBRARY:-$folder/build/libsamoyeds.so}"
+  if [[ -z "${SAMOYEDS_RACECHECK_LIBRARY:-}" ]]; then
+    {
+      cmake -S kernels -B "$folder/build" -DCMAKE_CUDA_COMPILER="$nvcc" -DSAMOYEDS_RACECHECK=ON \
+        -DCMAKE_CUDA_ARCHITECTURES="$("$python" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}{chr(97) * (major == 9)}-real")')"
+      cmake --build "$folder/build" --parallel
+    } >"$folder/build.log" 2>&1 || {
+      tail -n 20 "$folder/build.log" >&2
+      return 1
+    }
+  fi
+  build_driver "$library" "$folder/racecheck"
+}
 
 status=0
 run() {
@@ -63,9 +85,11 @@ for tool in "${tools[@]}"; do
       run memcheck "${padding[@]}" "$driver" --forbidden
       run memcheck "${padding[@]}" "$driver" --wide
       ;;
-    # NOTE: of wide tiles, where slots are filled again, it reports as many hazards as it counts, most
-    # likely none: run 85 of the kernel's log.
-    racecheck) run racecheck "$driver" ;;
+    racecheck)
+      build_racecheck_driver
+      run racecheck "$racecheck_driver"
+      run racecheck "$racecheck_driver" --wide
+      ;;
     *)
       run "$tool" "$driver"
       run "$tool" "$driver" --wide
