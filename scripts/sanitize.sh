@@ -26,12 +26,16 @@ find_tool() {
 
 nvcc="$(find_tool nvcc)"
 sanitizer="$(find_tool compute-sanitizer)"
-library="$(PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" -c '
+found="$(PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" -c '
+import torch
 from samoyeds_hf import library
+from samoyeds_hf.toolchain import ARCHITECTURES, architectures_for
 found = library.load()
 if found is None:
     raise SystemExit(f"scripts/sanitize.sh needs the kernels: {library.unavailable_reason()}")
-print(found.path)')"
+(name,) = architectures_for([torch.cuda.get_device_capability()])
+print(found.path, ARCHITECTURES[name], sep="\n")')"
+{ read -r library && read -r architecture; } <<<"$found"
 
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
@@ -56,12 +60,11 @@ if [[ "$options" == *--padding* ]]; then padding=(--padding 4096); fi
 build_racecheck_driver() {
   local library="${SAMOYEDS_RACECHECK_LIBRARY:-$folder/build/libsamoyeds.so}"
   if [[ -z "${SAMOYEDS_RACECHECK_LIBRARY:-}" ]]; then
+    echo "== kernels for racecheck"
     {
       cmake -S kernels -B "$folder/build" -DCMAKE_CUDA_COMPILER="$nvcc" -DSAMOYEDS_RACECHECK=ON \
-        -DCMAKE_CUDA_ARCHITECTURES="$("$python" -c 'import torch
-major, minor = torch.cuda.get_device_capability()
-print(f"{major}{minor}{chr(97) * (major == 9)}-real")')"
-      cmake --build "$folder/build" --parallel
+        -DCMAKE_CUDA_ARCHITECTURES="$architecture" &&
+        cmake --build "$folder/build" --parallel
     } >"$folder/build.log" 2>&1 || {
       tail -n 20 "$folder/build.log" >&2
       return 1

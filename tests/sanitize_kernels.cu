@@ -428,6 +428,7 @@ class Layer {
   int run_plans(const SamoyedsWeight& up, const SamoyedsWeight& down) {
     const int64_t instances[][6] = {
         // m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of variants.cuh but the last
+        // two
         {1, 1, 1, 1, 8, 1}, {1, 1, 2, 1, 4, 1}, {1, 1, 4, 1, 2, 1}, {1, 1, 8, 1, 1, 1},
         {1, 2, 8, 1, 1, 1}, {1, 4, 8, 1, 1, 1}, {2, 4, 8, 1, 1, 1}, {2, 6, 8, 1, 1, 1},
         {2, 4, 4, 2, 1, 1}, {4, 4, 4, 2, 1, 1}, {3, 1, 1, 1, 8, 1}, {3, 1, 2, 1, 4, 1},

@@ -17,7 +17,7 @@ constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
-// Of an item, as no slot is lent to its results: run 87 of the Hopper kernel's log.
+// Of an item, as no slot is lent to its results: run 88 of the Hopper kernel's log.
 constexpr int kSavedByShortTiles = 400;  // clocks
 constexpr double kShortGain = 0.005;     // the least that they are chosen for
 

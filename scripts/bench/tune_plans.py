@@ -64,7 +64,8 @@ INSTANCES = (  # m_frags, n_frags, warps_m, warps_n, warps_k, cluster: all of va
     (3, 2, 4, 2, 1, 1),
     (3, 4, 4, 2, 1, 1),
     (3, 6, 4, 2, 1, 1),
-    (1, 24, 8, 1, 1, 2),
+    (1, 24, 8, 1, 1, 2),  # the Hopper kernel, with full and with short tiles
+    (1, 22, 8, 1, 1, 2),
 )
 STAGES, BLOCKS_PER_SM, SPLITS = (2, 3, 4, 5, 6, 8), (1, 2), (1, 2, 4, 8)
 

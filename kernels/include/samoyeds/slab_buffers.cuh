@@ -90,10 +90,10 @@ struct SlabWork {
 // Results go out in passes, see SlabPasses. A warpgroup's own buffer holds one. With three slots
 // the tokens' part of the item's last one is lent for the second and third pass: each warpgroup has
 // one of its panels, once both are done with it; of wide tiles, whose own buffers are smaller, its
-// weights for the fourth, too. With two slots there is room for two buffers each, which take passes
-// in turn, as short tiles have. Where a warp stores for a warpgroup, `staged` completes when a pass
-// is written, with the first it is told what it is of, and it gives the memory back: the own
-// buffer, then what was lent. Where none does, that warp brings the rows' numbers.
+// weights for the fourth, too. Where there are two slots, or tiles are short, nothing is lent, and
+// two buffers of each take passes in turn. Where a warp stores for a warpgroup, `staged` completes
+// when a pass is written, with the first it is told what it is of, and it gives the memory back:
+// the own buffer, then what was lent. Where none does, that warp brings the rows' numbers.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
