@@ -14,7 +14,12 @@ if [[ "${1:-}" == --matrix ]]; then
 fi
 
 setup_env dev,eval
+# beside the checks, which take one core; what goes wrong here is tried again, and told, below
+for version in ${older_transformers[@]+"${older_transformers[@]}"}; do
+  (setup_transformers "$version") >/dev/null 2>&1 &
+done
 scripts/check.sh
+wait
 
 # one thread a worker: threads of several workers on the same cores slow each other down
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

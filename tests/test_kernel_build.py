@@ -1,7 +1,7 @@
 """The real kernels on a machine without a GPU: every architecture compiles, and to what it should.
 
-One source for one architecture is one test, so that workers share the work; what is compiled and
-how is what CMake says.
+One source for one front end is one test, so that workers share the work; what is compiled, and how,
+is what CMake says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 SOURCES = sorted(path.name for path in (KERNELS / "src").glob("*.cu"))
 NO_SPILLS = "0 bytes spill stores, 0 bytes spill loads"
 TRAP_BYTES = 512  # 32 instructions, most of them padding
-MACHINES = ("80", "86", "89", "90a")  # what there is machine code for
+# What there is machine code for, by what the front end compiles for.
+MACHINES = {"80": ("80", "86", "89"), "90a": ("90a",)}
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,60 +54,96 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def commands_in(folder: Path) -> dict[str, list[str]]:
+    """The compiler call of each source."""
+    database = json.loads((folder / "compile_commands.json").read_text())
+    return {Path(entry["file"]).name: shlex.split(entry["command"]) for entry in database}
+
+
+def targets_of(command: list[str]) -> set[str]:
+    option = "--generate-code=arch="
+    return {part.removeprefix(option) for part in command if part.startswith(option)}
+
+
 @pytest.fixture(scope="module")
 def commands(configured: Path) -> dict[str, list[str]]:
-    """The compiler call of each source."""
-    database = json.loads((configured / "compile_commands.json").read_text())
-    return {Path(entry["file"]).name: shlex.split(entry["command"]) for entry in database}
+    return commands_in(configured)
+
+
+def target_of(front_end: str) -> str:
+    return f"compute_{front_end},code=[{','.join('sm_' + m for m in MACHINES[front_end])}]"
 
 
 def test_a_wheel_holds_every_architecture(commands: dict[str, list[str]]) -> None:
     assert sorted(commands) == SOURCES
-    wanted = {f"--generate-code=arch=compute_{name},code=[sm_{name}]" for name in MACHINES}
-    wanted.add("--generate-code=arch=compute_90,code=[compute_90]")  # PTX
-    assert len(wanted) == len(ARCHITECTURES)
+    wanted = {target_of(front_end) for front_end in MACHINES}
+    wanted.add("compute_90,code=[compute_90]")  # PTX
+    assert sum(map(len, MACHINES.values())) + 1 == len(ARCHITECTURES)
     for source, command in commands.items():
-        flags = {part for part in command if part.startswith("--generate-code")}
-        assert flags == wanted, source
+        assert targets_of(command) == wanted, source
         assert "-Werror=all-warnings" in command
 
 
-@pytest.mark.parametrize("arch", MACHINES)
+@pytest.mark.parametrize(
+    ("chosen", "targets"),
+    {
+        "90a-real": {"compute_90a,code=[sm_90a]"},
+        "89-real;86-real": {"compute_86,code=[sm_86,sm_89]"},  # none but those of one front end
+        "89-real;90-virtual": {"compute_89,code=[sm_89]", "compute_90,code=[compute_90]"},
+    }.items(),
+)
+def test_architectures_of_ones_own(chosen: str, targets: set[str], tmp_path: Path) -> None:
+    options = [f"-DCMAKE_CUDA_ARCHITECTURES={chosen}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    configure(tmp_path, *options)
+    for source, command in commands_in(tmp_path).items():
+        assert targets_of(command) == targets, source
+
+
+@pytest.mark.parametrize("front_end", MACHINES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_to_what_it_should(
-    source: str, arch: str, configured: Path, commands: dict[str, list[str]], tmp_path: Path
+    source: str, front_end: str, configured: Path, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
     command = [part for part in commands[source] if not part.startswith("--generate-code")]
     command = command[: command.index("-c")]  # then input and output follow
-    machine = f"--generate-code=arch=compute_{arch},code=sm_{arch}"
-    output = tmp_path / "out.cubin"
-    command += [machine, "-cubin", "-o", str(output), str(KERNELS / "src" / source)]
+    command += [f"--generate-code=arch={target_of(front_end)}"]
+    command += ["-fatbin", "-o", str(tmp_path / "out.fatbin")]
+    command += ["--keep", f"--keep-dir={tmp_path}", str(KERNELS / "src" / source)]
     done = subprocess.run(command, cwd=configured, capture_output=True, text=True, check=False)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
 
     assert "C7510" not in printed, printed  # wgmma that waits for each other
-    kernels = kernels_of(output)
-    spills = dict(re.findall(r"properties for (\S+)\n.* (\d+ bytes spill .* loads)", printed))
-    assert set(kernels) <= set(spills)
-    spilling = [f"{text} in {name}" for name, text in spills.items() if text != NO_SPILLS]
+    spills = re.findall(r"properties for (\S+)\n.* (\d+ bytes spill .* loads)", printed)
+    spilling = [f"{text} in {name}" for name, text in spills if text != NO_SPILLS]
     assert not spilling, "\n".join(spilling)
-    if "ssmm" in source:
-        # a kernel that only sm_90a can run is elsewhere nothing but a trap
-        real = {name: code for name, code in kernels.items() if len(code) > TRAP_BYTES}
-        assert real
-        assert arch != "90a" or real == kernels
-        products = {name: list(products_of(code)) for name, code in real.items()}
-        without = [name for name, found in products.items() if not any(p.is_sparse for p in found)]
-        assert not without, "\n".join(without)
-        # an instruction for each number of tokens that is multiplied, and no other product
-        hopper = {name: set(found) for name, found in products.items() if "hopper" in name}
-        sizes = sorted(sorted(tokens for _, tokens in found) for found in hopper.values())
-        # short tiles, three periods of switching, wide tiles, and N = M
-        steps = list(range(16, 193, 16))
-        expected = [steps[:-1], steps, steps, steps, [*steps, 200], [*steps, 208]]
-        assert sizes == (expected if arch == "90a" else [])
-        assert all(product.is_sparse for found in hopper.values() for product in found)
+    machines = MACHINES[front_end]
+    for arch in machines:
+        (cubin,) = tmp_path.glob(f"*.sm_{arch}.cubin" if len(machines) > 1 else "*.cubin")
+        kernels = kernels_of(cubin)
+        names = [name for name, _ in spills]
+        assert all(names.count(name) == len(machines) for name in kernels)
+        if "ssmm" in source:
+            check_products(kernels, arch)
+
+
+def check_products(kernels: dict[str, bytes], arch: str) -> None:
+    """By kernel, machine code of the matrix kernels."""
+    # a kernel that only sm_90a can run is elsewhere nothing but a trap
+    real = {name: code for name, code in kernels.items() if len(code) > TRAP_BYTES}
+    assert real
+    assert arch != "90a" or real == kernels
+    products = {name: list(products_of(code)) for name, code in real.items()}
+    without = [name for name, found in products.items() if not any(p.is_sparse for p in found)]
+    assert not without, "\n".join(without)
+    # an instruction for each number of tokens that is multiplied, and no other product
+    hopper = {name: set(found) for name, found in products.items() if "hopper" in name}
+    sizes = sorted(sorted(tokens for _, tokens in found) for found in hopper.values())
+    # short tiles, three periods of switching, wide tiles, and N = M
+    steps = list(range(16, 193, 16))
+    expected = [steps[:-1], steps, steps, steps, [*steps, 200], [*steps, 208]]
+    assert sizes == (expected if arch == "90a" else [])
+    assert all(product.is_sparse for found in hopper.values() for product in found)
 
 
 PRODUCTS = r"""

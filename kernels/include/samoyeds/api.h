@@ -63,7 +63,7 @@ typedef struct {
 // Fragments and warps must be those of a compiled kernel (variants.cuh). The Hopper kernel, the one
 // with clusters, has 3 stages, 2 where N = M, and 1 split; its 24 fragments of tokens stand for 26
 // where N = M, and for 25 in products without routing where V is a multiple of 128 and those end
-// sooner.
+// sooner. Where V is a multiple of 128 it also comes with 22, of which items take less time.
 // General patterns have one kernel, which ignores the plan.
 typedef struct {
   int64_t m_frags;        // fragments of 16 kept rows that a warp holds
