@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command import Done, Run
+from cuda_helpers import random_seed
 from hypothesis import settings
 from tiny_models import PATTERN, Family, masked_twin
 
@@ -18,6 +19,12 @@ settings.load_profile("samoyeds")
 
 # Tests use tiny tensors and run side by side: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of a GPU test's random numbers."""
+    return random_seed()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import torch
 from cuda_checks import both_dtypes, check_down, check_linear, check_mlp, check_up
 from cuda_helpers import (
     DEVICE,
-    GPU,
     INVALID_ARGUMENT,
     OK,
     ROUTINGS,
@@ -35,81 +34,35 @@ from cuda_helpers import (
     linear_workspace_bytes,
     make_launch,
     make_routing,
-    moe_down,
     moe_mlp,
-    moe_up,
     random_layer,
-    random_seed,
     random_weight,
     refused,
     synchronize,
     workspace_for,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits
-from plans import HOPPER, SHORT, Gpu, Instance, PlanNumbers, Product, broken_rules
-from torch.profiler import ProfilerActivity, profile
+from hopper_checks import (
+    MIDDLE,
+    NEEDS_HOPPER,
+    PATTERNS,
+    check_isolation,
+    check_layer,
+    each_pattern,
+    hopper_plan,
+    instance_of,
+    layer_plans,
+    layer_with,
+    product_of,
+)
+from plans import HOPPER, SHORT, Gpu, Instance, broken_rules
 
 from samoyeds_hf import library
 
-pytestmark = [
-    *GPU,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
-PATTERNS = ("1:2:128", "1:2:64", "1:2:32", "2:4")  # each has a kernel of its own
 MOST_TOKENS = {text: 208 if text == "2:4" else 192 for text in PATTERNS}  # of a tile
-# gate_up [512, 384] of 4 slabs, down [384, 256] of 3
-MIDDLE = Shape(300, experts=3, hidden=384, inner=256, up="1:2:128", down="1:2:64")
 OTHER_INSTANCE = Instance(2, 4, 4, 2, 1)
-
-each_pattern = pytest.mark.parametrize("text", PATTERNS)
-
-
-@pytest.fixture
-def seed() -> int:
-    return random_seed()
-
-
-def product_of(weight: Weight, may_split: bool = False) -> Product:
-    pattern = weight.pattern
-    v = 0 if pattern.n == pattern.m else pattern.sub_row(weight.cols)
-    return Product(v, weight.rows, weight.cols, may_split)
-
-
-def hopper_plan(weight: Weight, instance: Instance = HOPPER, **changes: int) -> library.Plan:
-    """The only one of an instance, or one step beyond."""
-    numbers = instance.plan(instance.stages(product_of(weight))[0])
-    return library.Plan(*numbers._replace(**changes))
-
-
-def layer_plans(
-    layer: Layer, up: Instance = HOPPER, down: Instance = HOPPER
-) -> dict[str, library.Plan]:
-    return {"plan": hopper_plan(layer.gate_up, up), "down_plan": hopper_plan(layer.down, down)}
-
-
-def instance_of(plan: library.Plan) -> Instance:
-    return PlanNumbers(*(getattr(plan, name) for name in PlanNumbers._fields)).instance
-
-
-def layer_with(counts: list[int], dtype: torch.dtype, seed: int, sizes: Shape = MIDDLE) -> Layer:
-    """Expert e meets counts[e] tokens, in any order; each token has one choice."""
-    shape = sizes._replace(tokens=sum(counts), experts=len(counts), top_k=1)
-    layer = random_layer(shape, dtype, seed)
-    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    order = torch.randperm(len(experts), generator=torch.Generator().manual_seed(seed))
-    layer.top_k_index.copy_(experts[order, None])
-    return layer
-
-
-def check_layer(layer: Layer, seed: int, up: Instance = HOPPER, down: Instance = HOPPER) -> None:
-    """The layer, and each of its products alone."""
-    check_mlp(layer, **layer_plans(layer, up, down))
-    check_up(layer, hopper_plan(layer.gate_up, up))
-    check_down(layer, seed, hopper_plan(layer.down, down))
 
 
 # --- patterns, tokens, sizes -----------------------------------------------------------------
@@ -164,79 +117,6 @@ def test_every_size_of_the_instruction(text: str, dtype: torch.dtype, seed: int)
     most = MOST_TOKENS[text]
     counts = [size - 3 for size in {*range(16, most, 16), most}]
     check_layer(layer_with(counts, dtype, seed, MIDDLE._replace(up=text, down=text)), seed)
-
-
-# --- short tiles, V = 128 alone --------------------------------------------------------------
-
-SHORT_SIZES = MIDDLE._replace(up="1:2:128", down="1:2:128")
-SHORT_TOKENS = {
-    1: "seven of the eight places are empty",
-    33: "the second buffer of results, with one token",
-    65: "up: the second buffer; down: the first one again",
-    175: "a tile but for one",
-    176: "a full tile",
-    177: "two tiles, of 96 and of 81",
-    1537: "nine tiles: a full group, and one of a single tile",
-}
-
-
-@both_dtypes
-@pytest.mark.parametrize("tokens", SHORT_TOKENS)
-def test_short_tiles(tokens: int, dtype: torch.dtype, seed: int) -> None:
-    """Beside an expert without tokens, and one that begins behind the empty places."""
-    layer = layer_with([tokens, 0, 5], dtype, seed, SHORT_SIZES)
-    check_layer(layer, seed, SHORT, SHORT)
-    for up, down in ((SHORT, HOPPER), (HOPPER, SHORT)):  # each has tiles of its own
-        check_mlp(layer, **layer_plans(layer, up, down))
-
-
-@both_dtypes
-def test_every_size_of_short_tiles(dtype: torch.dtype, seed: int) -> None:
-    counts = [size - 3 for size in range(16, 177, 16)]
-    check_layer(layer_with(counts, dtype, seed, SHORT_SIZES), seed, SHORT, SHORT)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        SHORT_SIZES._replace(tokens=450, experts=5, top_k=3, routing="sentinels"),
-        Shape(16384, 8, 8, 256, 128, "1:2:128", "1:2:128"),  # many rounds of every thread block
-        # up of six slabs: those beyond four of two tiles are one item; down of five
-        Shape(8192, 32, 8, 640, 384, "1:2:128", "1:2:128", routing="distinct"),
-        Shape(260, 2, 2, 4096, 128, "1:2:256", "1:2:128"),  # long k of up, and another V
-        Shape(260, 2, 2, 128, 4096, "1:2:128", "1:2:512"),  # long k of down
-    ],
-    ids=str,
-)
-def test_layers_of_short_tiles(shape: Shape, seed: int) -> None:
-    check_layer(random_layer(shape, torch.bfloat16, seed), seed, SHORT, SHORT)
-
-
-@both_dtypes
-@pytest.mark.parametrize(("m", "k"), [(384, 256), (768, 256), (7168, 128)])
-def test_linear_of_short_tiles(m: int, k: int, dtype: torch.dtype, seed: int) -> None:
-    """Nobody chooses it; rows that the warpgroups store, and rows through a tensor map."""
-    rng = generator(seed)
-    weight = random_weight((1, m, k), "1:2:128", dtype, rng)
-    for rows in (97, 176, 177, 5003):
-        x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
-        check_linear(weight, x, hopper_plan(weight, SHORT))
-
-
-def test_short_tiles_do_not_see_each_other(seed: int) -> None:
-    """NaN in all tokens of one expert, and in some of another, stays there."""
-    layer = layer_with([200, 0, 150], torch.bfloat16, seed, SHORT_SIZES)
-    plans_of_it = layer_plans(layer, SHORT, SHORT)
-    clean = moe_mlp(layer, **plans_of_it)
-    is_bad = layer.top_k_index[:, 0] == 2
-    is_bad[(~is_bad).nonzero()[[0, 7, 8, 101, -1], 0]] = True
-    layer.hidden[is_bad] = float("nan")
-    found = moe_mlp(layer, **plans_of_it)
-    assert_same_bits(found[~is_bad], clean[~is_bad])
-    assert found[is_bad].isnan().any(dim=1).all()
-
-
-# --- routings and sizes ----------------------------------------------------------------------
 
 
 @both_dtypes
@@ -378,45 +258,6 @@ def test_linear_of_many_rounds(
         check_linear(weight, x, hopper_plan(weight))
 
 
-# On 66 clusters: 13 tiles of 200 rows and eight of 192, the last of which has 152 or 153 of them;
-# and 17 of 200 and four of 176.
-WIDE_ROWS = (4096, 4097, 4041)
-# By k. 21 tiles of 200 rows, the last of which has 193 or 200 of them; more blocks of k
-MORE_WIDE = {256: (4193, 4200), 640: (4096,), 1280: (4095,)}
-
-
-def check_wide(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: int) -> bool:
-    """Whether the kernel with wide tiles ran."""
-    rng = generator(seed)
-    weight = random_weight((1, m, k), text, dtype, rng)
-    x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
-    check_linear(weight, x, hopper_plan(weight))
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        linear(weight, x, hopper_plan(weight))
-        synchronize()
-    names = [event.name for event in profiled.events() if "hopper_kernel" in event.name]
-    assert names, "the Hopper kernel ran"
-    return any(", 200," in name.replace("(int)", "") for name in names)
-
-
-@both_dtypes
-@pytest.mark.parametrize("rows", WIDE_ROWS)
-def test_wide_tiles(rows: int, dtype: torch.dtype, seed: int) -> None:
-    """Where they save a round of items, for V = 128 alone."""
-    is_wide = check_wide(rows, 14336, 128, "1:2:128", dtype, seed)
-    assert is_wide or Gpu.current().num_sms != 132
-    assert not check_wide(rows, 14336, 128, "1:2:64", dtype, seed)
-    assert not check_wide(rows, 14336, 128, "2:4", dtype, seed)
-    assert not check_wide(1024, 14336, 128, "1:2:128", dtype, seed)
-
-
-@pytest.mark.parametrize("k", MORE_WIDE)
-def test_wide_tiles_of_more_blocks(k: int, seed: int) -> None:
-    for rows in MORE_WIDE[k]:
-        is_wide = check_wide(rows, 14336, k, "1:2:128", torch.bfloat16, seed)
-        assert is_wide or Gpu.current().num_sms != 132, f"{rows} rows"
-
-
 def test_linear_of_no_rows() -> None:
     weight = random_weight((1, 128, 256), "2:4", torch.bfloat16, generator(0))
     x = torch.zeros(0, 256, dtype=torch.bfloat16, device=DEVICE)
@@ -429,25 +270,8 @@ def test_linear_of_no_rows() -> None:
 @both_dtypes
 @each_pattern
 def test_tokens_do_not_see_each_other(text: str, dtype: torch.dtype, seed: int) -> None:
-    """NaN in all tokens of one expert, and in some of another, stays there."""
-    layer = layer_with([200, 0, 150], dtype, seed, MIDDLE._replace(up=text, down=text))
-    up_plan, down_plan = layer_plans(layer).values()
-    inner = torch.randn(350, MIDDLE.inner, generator=generator(seed), device=DEVICE).to(dtype)
-    is_bad = layer.top_k_index[:, 0] == 2
-    is_bad[(~is_bad).nonzero()[[0, 7, 8, 101, -1], 0]] = True
-
-    def results() -> dict[str, torch.Tensor]:
-        return {
-            "mlp": moe_mlp(layer, up_plan, down_plan),
-            "up": moe_up(layer, up_plan),
-            "down": moe_down(layer, inner, down_plan),
-        }
-
-    clean = results()
-    layer.hidden[is_bad] = inner[is_bad] = float("nan")
-    for name, found in results().items():
-        assert_same_bits(found[~is_bad], clean[name][~is_bad])
-        assert found[is_bad].isnan().any(dim=1).all(), name
+    sizes = MIDDLE._replace(up=text, down=text)
+    check_isolation(layer_with([200, 0, 150], dtype, seed, sizes), seed)
 
 
 @both_dtypes
@@ -671,22 +495,6 @@ def test_many_tokens_choose_it(text: str, seed: int) -> None:
             assert (instance_of(plan) == HOPPER) == is_ours
             assert not is_ours or bytes(plan) == bytes(hopper_plan(weight))
     assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer)))
-
-
-@each_pattern
-def test_short_tiles_are_chosen_where_they_are_as_many(text: str) -> None:
-    """Of 256 tokens an expert there are two tiles either way, of 384 three instead of two."""
-    layer = random_layer(Shape(4, 16, 1, 1024, 768, text, text), torch.bfloat16, 0)
-    for is_down, weight in ((False, layer.gate_up), (True, layer.down)):
-        for tokens_each, instance in ((96, SHORT), (256, SHORT), (384, HOPPER)):
-            chosen = instance_of(chosen_plan(weight, 16 * tokens_each, 1, is_down))
-            assert chosen == (instance if text == "1:2:128" else HOPPER), tokens_each
-
-
-def test_a_layer_of_short_tiles_by_itself(seed: int) -> None:
-    layer = random_layer(Shape(2048, 16, 2, 1024, 768, "1:2:128", "1:2:128"), torch.bfloat16, seed)
-    assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer, SHORT, SHORT)))
-    check_mlp(layer)
 
 
 def test_many_rows_choose_it(seed: int) -> None:

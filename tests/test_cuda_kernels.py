@@ -22,7 +22,6 @@ from cuda_helpers import (
     moe_mlp,
     moe_up,
     random_layer,
-    random_seed,
     random_weight,
 )
 from helpers import assert_as_good_as_dense, assert_same_bits, silu_gate
@@ -34,11 +33,6 @@ from samoyeds_hf import SparsityPattern
 from samoyeds_hf.errors import PatternError
 
 pytestmark = GPU
-
-
-@pytest.fixture
-def seed() -> int:
-    return random_seed()
 
 
 # --- shapes that Hypothesis draws ------------------------------------------------------------
