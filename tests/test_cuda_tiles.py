@@ -6,6 +6,8 @@ cuda_helpers.py.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from cuda_checks import both_dtypes, check_linear, check_mlp
@@ -87,7 +89,7 @@ def test_layers_of_short_tiles(shape: Shape, seed: int) -> None:
 @both_dtypes
 @pytest.mark.parametrize(("m", "k"), [(384, 256), (768, 256), (7168, 128)])
 def test_linear_of_short_tiles(m: int, k: int, dtype: torch.dtype, seed: int) -> None:
-    """Nobody chooses it; rows that the warpgroups store, and rows through a tensor map."""
+    """Rows that the warpgroups store, and rows through a tensor map."""
     rng = generator(seed)
     weight = random_weight((1, m, k), "1:2:128", dtype, rng)
     for rows in (97, 176, 177, 5003):
@@ -110,23 +112,36 @@ def test_short_tiles_are_chosen_where_they_are_as_many(text: str) -> None:
             assert chosen == (instance if text == "1:2:128" else HOPPER), tokens_each
 
 
+@pytest.mark.parametrize(("up", "down"), [("1:2:128", "1:2:64"), ("1:2:64", "1:2:128")])
+def test_a_layer_shares_full_tiles(up: str, down: str, seed: int) -> None:
+    """Short ones for one product alone would be listed beside the full ones of the other."""
+    layer = random_layer(Shape(2048, 16, 2, 1024, 768, up, down), torch.bfloat16, seed)
+    plans = [
+        instance_of(chosen_plan(weight, 2048, 2, is_down))
+        for weight, is_down in ((layer.gate_up, False), (layer.down, True))
+    ]
+    assert sorted(plans) == sorted([SHORT, HOPPER]), "each by itself"
+    assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer, HOPPER, HOPPER)))
+    check_mlp(layer)
+
+
 def test_a_layer_of_short_tiles_by_itself(seed: int) -> None:
     layer = random_layer(Shape(2048, 16, 2, 1024, 768, "1:2:128", "1:2:128"), torch.bfloat16, seed)
     assert_same_bits(moe_mlp(layer), moe_mlp(layer, **layer_plans(layer, SHORT, SHORT)))
     check_mlp(layer)
 
 
-# --- wide tiles ------------------------------------------------------------------------------
+# --- without routing: wide and short tiles ---------------------------------------------------
 
-# On 66 clusters: 13 tiles of 200 rows and eight of 192, the last of which has 152 or 153 of them;
-# and 17 of 200 and four of 176.
-WIDE_ROWS = (4096, 4097, 4041)
-# By k. 21 tiles of 200 rows, the last of which has 193 or 200 of them; more blocks of k
-MORE_WIDE = {256: (4193, 4200), 640: (4096,), 1280: (4095,)}
+# On 66 clusters: 13 tiles of 200 rows and eight of 192, the last of which has 152 or 153 of them.
+WIDE_ROWS = (4096, 4097)
+# By k. 21 tiles of 200 rows, the last of which has 193 or 200 of them; more blocks of k; 17 tiles
+# of 200 and four of 176.
+MORE_WIDE = {256: (4193, 4200), 640: (4096,), 1280: (4095, 4041)}
 
 
-def check_wide(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: int) -> bool:
-    """Whether the kernel with wide tiles ran."""
+def check_tiles(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: int) -> int:
+    """How many tokens a tile of the kernel that ran has at most."""
     rng = generator(seed)
     weight = random_weight((1, m, k), text, dtype, rng)
     x = torch.randn(rows, k, generator=rng, device=DEVICE).to(dtype)
@@ -134,24 +149,39 @@ def check_wide(rows: int, m: int, k: int, text: str, dtype: torch.dtype, seed: i
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         linear(weight, x, hopper_plan(weight))
         synchronize()
-    names = [event.name for event in profiled.events() if "hopper_kernel" in event.name]
-    assert names, "the Hopper kernel ran"
-    return any(", 200," in name.replace("(int)", "") for name in names)
+    names = {event.name for event in profiled.events() if "hopper_kernel" in event.name}
+    (tokens,) = {re.findall(r"HopperShape<\w+, (?:\(int\))?(\d+)", name)[0] for name in names}
+    return int(tokens)
 
 
 @both_dtypes
 @pytest.mark.parametrize("rows", WIDE_ROWS)
 def test_wide_tiles(rows: int, dtype: torch.dtype, seed: int) -> None:
     """Where they save a round of items, for V = 128 alone."""
-    is_wide = check_wide(rows, 14336, 128, "1:2:128", dtype, seed)
-    assert is_wide or Gpu.current().num_sms != 132
-    assert not check_wide(rows, 14336, 128, "1:2:64", dtype, seed)
-    assert not check_wide(rows, 14336, 128, "2:4", dtype, seed)
-    assert not check_wide(1024, 14336, 128, "1:2:128", dtype, seed)
+    tokens = check_tiles(rows, 14336, 128, "1:2:128", dtype, seed)
+    assert tokens == 200 or Gpu.current().num_sms != 132
+    assert check_tiles(rows, 14336, 128, "1:2:64", dtype, seed) == 192
+    assert check_tiles(rows, 14336, 128, "2:4", dtype, seed) == 208
 
 
 @pytest.mark.parametrize("k", MORE_WIDE)
 def test_wide_tiles_of_more_blocks(k: int, seed: int) -> None:
     for rows in MORE_WIDE[k]:
-        is_wide = check_wide(rows, 14336, k, "1:2:128", torch.bfloat16, seed)
-        assert is_wide or Gpu.current().num_sms != 132, f"{rows} rows"
+        tokens = check_tiles(rows, 14336, k, "1:2:128", torch.bfloat16, seed)
+        assert tokens == 200 or Gpu.current().num_sms != 132, f"{rows} rows"
+
+
+@both_dtypes
+@pytest.mark.parametrize(("rows", "k"), [(4041, 128), (1024, 128), (1025, 256)])
+def test_short_tiles_without_routing(rows: int, k: int, dtype: torch.dtype, seed: int) -> None:
+    """Where they end sooner, for V = 128 alone: 1024 rows are seven tiles in any case."""
+    tokens = check_tiles(rows, 14336, k, "1:2:128", dtype, seed)
+    assert tokens == 176 or Gpu.current().num_sms != 132
+    assert check_tiles(rows, 14336, k, "1:2:64", dtype, seed) == 192
+    assert check_tiles(rows, 14336, k, "2:4", dtype, seed) == 208
+
+
+def test_full_tiles_without_routing(seed: int) -> None:
+    """Where they end sooner; and where so few items follow that results are not copied."""
+    for rows, m in ((3000, 14336), (200, 256)):
+        assert check_tiles(rows, m, 128, "1:2:128", torch.bfloat16, seed) == 192

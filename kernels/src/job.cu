@@ -1,6 +1,5 @@
 // The plans of a layer and the order of its workspace.
 #include "samoyeds/layer.hpp"
-#include "samoyeds/panels.cuh"
 
 namespace samoyeds {
 namespace {
@@ -58,14 +57,6 @@ void lay_out_workspace(Job& job) {
 
 }  // namespace
 
-Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan) {
-  if (layout.kind == Kind::kGeneral) return {kGeneralTokens};
-  const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
-  const int tokens = tokens_of(variant, layout);
-  if (variant.is_hopper) return {tokens, kPlaceAlign, true};
-  return {tokens};
-}
-
 Error plan_product(const Device& device, const SamoyedsPlan* given, const Layout& layout,
                    std::int64_t num_experts, std::int64_t num_tokens, std::int64_t top_k,
                    bool is_down, bool allows_hopper, SamoyedsPlan& plan) {
@@ -120,6 +111,9 @@ Error make_job(const Device& device, const SamoyedsLaunch& launch, const Samoyed
     SAMOYEDS_RETURN_IF_ERROR(plan_both());
   }
   job.is_hopper = up ? is_hopper(job.up_plan) : is_hopper(job.down_plan);
+  if (up && down && job.is_hopper && !launch.plan && !launch.down_plan) {
+    share_tiles(job.up_layout, job.up_plan, job.down_layout, job.down_plan);
+  }
   job.is_partial =
       down && !job.is_hopper && (job.down_plan.splits > 1 || job.num_pairs <= kMaxPartialPairs);
   if (job.num_pairs > 0) lay_out_workspace(job);

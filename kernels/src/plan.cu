@@ -17,9 +17,9 @@ constexpr int kMaxSplits = 8;
 constexpr std::int64_t kMaxSplitPairs = 4096;
 constexpr std::int64_t kMaxTiles = 1 << 23;  // of tokens, see Tile::group
 constexpr int kReservedBytes = 1024;  // of an SM's shared memory, by CUDA for each thread block
-// Of an item, as no slot is lent to its results: run 88 of the Hopper kernel's log.
-constexpr int kSavedByShortTiles = 400;  // clocks
-constexpr double kShortGain = 0.005;     // the least that they are chosen for
+// The least that tiles of another size than full ones are chosen for. Of a product without routing
+// it is known how many there are; wide ones take longer for their results.
+constexpr double kShortGain = 0.005, kWideGain = 0.02;
 
 // Tokens that an expert which is hit at all meets on average, when the router is fair.
 struct Load {
@@ -79,23 +79,32 @@ int largest_stages(const Device& device, const SsmmVariant& variant, SamoyedsPla
   return 0;
 }
 
-// Clocks of an expert's tiles of tokens, on average, a part of the rows each: Hopper kernel only.
-double expected_clocks(const SsmmVariant& variant, const Layout& layout, double tokens) {
+// The tiles of a product, Hopper kernel only.
+TileProblem tile_problem(const SsmmVariant& variant, const Layout& layout) {
   TileProblem problem{};
   problem.most_tokens = tokens_of(variant, layout);
   problem.step = kLiveStep;
+  problem.parts = parts_of(variant, layout);
   problem.blocks = layout.blocks;
   problem.slab_tiles = slab_tiles(layout);
+  if (variant.is_short) problem.item_clocks = kShortItemClocks;
+  return problem;
+}
+
+// Clocks of an expert's tiles of tokens, on average, a part of the rows each: Hopper kernel only.
+double expected_clocks(const SamoyedsPlan& plan, const Layout& layout, double tokens) {
+  const TileProblem problem = tile_problem(*find_variant(plan, SAMOYEDS_BF16), layout);
+  const Tiling tiling = tiling_of(layout, plan);
   // If tokens choose alike, how many an expert meets is Poisson's, by the normal distribution.
   constexpr int kSteps = 12;  // to either side
   constexpr double kStep = 0.25;
   double clocks = 0, weights = 0;
   for (int i = -kSteps; i <= kSteps; ++i) {
     const int count = std::max(1, static_cast<int>(tokens + i * kStep * std::sqrt(tokens) + 0.5));
-    const int tiles = ceil_div(count, problem.most_tokens);
-    const auto each = static_cast<double>(item_clocks(problem, ceil_div(count, tiles)));
+    const int tiles = ceil_div(count, tiling.most), size = tiling.size(count, tiles);
+    const std::int64_t rest = item_clocks(problem, count - (tiles - 1) * size);
     const double weight = std::exp(-0.5 * (i * kStep) * (i * kStep));
-    clocks += weight * tiles * (each - (variant.is_short ? kSavedByShortTiles : 0));
+    clocks += weight * static_cast<double>((tiles - 1) * item_clocks(problem, size) + rest);
     weights += weight;
   }
   return clocks / weights;
@@ -106,7 +115,7 @@ bool are_worth_it(const SamoyedsPlan& short_tiles, const Layout& layout, double 
   SamoyedsPlan full_tiles = short_tiles;
   full_tiles.n_frags = kFullFrags;
   const auto clocks = [&](const SamoyedsPlan& plan) {
-    return expected_clocks(*find_variant(plan, SAMOYEDS_BF16), layout, tokens);
+    return expected_clocks(plan, layout, tokens);
   };
   return clocks(short_tiles) < (1 - kShortGain) * clocks(full_tiles);
 }
@@ -155,6 +164,14 @@ const SsmmVariant* find_variant(const SamoyedsPlan& plan, SamoyedsDtype dtype) {
     }
   }
   return nullptr;
+}
+
+Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan) {
+  if (layout.kind == Kind::kGeneral) return {kGeneralTokens};
+  const SsmmVariant& variant = *find_variant(plan, SAMOYEDS_BF16);
+  const int tokens = tokens_of(variant, layout);
+  if (variant.is_hopper) return {tokens, kPlaceAlign, kLiveStep};
+  return {tokens};
 }
 
 bool may_use_hopper(const Device& device, const Layout& layout, bool is_down) {
@@ -274,39 +291,85 @@ SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_
   return plan;
 }
 
+void share_tiles(const Layout& up_layout, SamoyedsPlan& up, const Layout& down_layout,
+                 SamoyedsPlan& down) {
+  if (tiling_of(up_layout, up) == tiling_of(down_layout, down)) return;
+  const auto with_full_tiles = [](SamoyedsPlan plan) {
+    plan.n_frags = kFullFrags;
+    return plan;
+  };
+  const SamoyedsPlan full_up = with_full_tiles(up), full_down = with_full_tiles(down);
+  if (tiling_of(up_layout, full_up) == tiling_of(down_layout, full_down)) {
+    up = full_up;
+    down = full_down;
+  }
+}
+
+namespace {
+
+// A product without routing, Hopper kernel only: its tiles, and the kernel that has such.
+struct Cut {
+  const SsmmVariant* variant;
+  int kernel;
+  TileSizes sizes;
+  std::int64_t end;  // clocks
+  bool is_copied;    // results are copied out while the next item is multiplied
+};
+
+Cut cut_rows(const SsmmVariant& variant, int kernel, const SsmmArgs& args, int num_clusters) {
+  TileProblem problem = tile_problem(variant, args.layout);
+  problem.num_rows = args.tokens.num_rows;
+  problem.most_tokens = variant.hopper_tokens[kernel];
+  problem.num_clusters = num_clusters;
+  const TileSizes sizes = best_sizes(problem);
+  // Results that are copied gain where enough items follow. H200: with 2.9 items a cluster (4096 x
+  // 4096 x 14336) a product takes 233 us so and 244 without, with 3.0 (14336 x 1024 x 4096) 70 and
+  // 74.
+  const std::int64_t items = std::int64_t{problem.parts} * (sizes.num_large + sizes.num_small);
+  const bool is_copied = args.output == Output::kRows && 2 * items > 5 * num_clusters;
+  return {&variant, kernel, sizes, *end_of_items(problem, sizes, INT64_MAX), is_copied};
+}
+
+// With tiles of the size that ends it first.
+Cut best_cut(const SamoyedsPlan& plan, SamoyedsDtype dtype, const SsmmArgs& args,
+             int num_clusters) {
+  const SsmmVariant& variant = *find_variant(plan, dtype);
+  const int number = kernel_number(args.layout);
+  Cut best = cut_rows(variant, number, args, num_clusters);
+  if (variant.is_short || switch_period(args.layout) != 4) return best;
+  const auto consider = [&](const SsmmVariant& other, int kernel, double gain) {
+    const Cut cut = cut_rows(other, kernel, args, num_clusters);
+    const auto bound = (1 - gain) * static_cast<double>(best.end);
+    if (cut.is_copied && static_cast<double>(cut.end) < bound) best = cut;
+  };
+  SamoyedsPlan short_tiles = plan;
+  short_tiles.n_frags = kShortFrags;
+  consider(*find_variant(short_tiles, dtype), number, 0);
+  consider(variant, kWideKernel, kWideGain);
+  return best;
+}
+
+}  // namespace
+
 Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, SsmmArgs args,
            std::int64_t max_tiles) {
-  const SsmmVariant& variant = *find_variant(plan, dtype);
-  const int parts = parts_of(variant, args.layout) * static_cast<int>(plan.splits);
-  const int cluster = variant.cluster;
+  const SsmmVariant* variant = find_variant(plan, dtype);
+  const int parts = parts_of(*variant, args.layout) * static_cast<int>(plan.splits);
+  const int cluster = variant->cluster;
   const std::int64_t slots = stream.device.num_sms * plan.blocks_per_sm / cluster;
-  // Copied out while the next item is multiplied, results gain where enough items follow. H200:
-  // with 2.9 items a cluster (4096 x 4096 x 14336) a product takes 233 us so and 244 without, with
-  // 3.0 (14336 x 1024 x 4096) 70 and 74.
-  const auto is_copied = [&](const TileSizes& sizes) {
-    return args.output == Output::kRows &&
-           2 * parts * static_cast<std::int64_t>(sizes.num_large + sizes.num_small) > 5 * slots;
-  };
-  int kernel = kernel_number(args.layout);
-  if (variant.is_hopper && !args.tokens.tiles) {
-    TileProblem problem{args.tokens.num_rows,
-                        variant.hopper_tokens[kernel],
-                        kLiveStep,
-                        parts,
-                        args.layout.blocks,
-                        slab_tiles(args.layout),
-                        static_cast<int>(slots)};
-    TileSizes& sizes = args.tokens.sizes = best_sizes(problem);
-    if (variant.kernels[kWideKernel] && switch_period(args.layout) == 4) {
-      TileProblem wide_problem = problem;
-      wide_problem.most_tokens = variant.hopper_tokens[kWideKernel];
-      const TileSizes wide = best_sizes(wide_problem);
-      if (is_copied(wide) && ends_sooner(wide_problem, wide, problem, sizes)) {
-        kernel = kWideKernel;
-        sizes = wide;
-      }
+  int kernel = kernel_number(args.layout), bytes = shared_bytes(*variant, plan, args.layout);
+  if (variant->is_hopper && !args.tokens.tiles) {
+    const Cut cut = best_cut(plan, dtype, args, static_cast<int>(slots));
+    variant = cut.variant;
+    kernel = cut.kernel;
+    bytes = variant->hopper_bytes[kernel];
+    args.tokens.sizes = cut.sizes;
+    max_tiles = cut.sizes.num_large + cut.sizes.num_small;
+    if (cut.is_copied) {
+      args.output = Output::kMatrix;
+      SAMOYEDS_RETURN_IF_ERROR(map_matrix(args.out, args.tokens.num_rows, args.layout.rows,
+                                          variant->hopper_box_rows[kernel], args.matrix));
     }
-    max_tiles = sizes.num_large + sizes.num_small;
   }
   if (max_tiles > kMaxTiles) {
     return unsupported("a product must have at most " + std::to_string(kMaxTiles) +
@@ -316,22 +379,15 @@ Error ssmm(const Stream& stream, const SamoyedsPlan& plan, SamoyedsDtype dtype, 
   args.stages = static_cast<int>(plan.stages);
   args.splits = make_divisor(static_cast<int>(plan.splits));
   args.parts = make_divisor(parts);
-  args.whole_parts = make_divisor(parts - (leaves_half_a_part(variant, args.layout) ? 1 : 0));
+  args.whole_parts = make_divisor(parts - (leaves_half_a_part(*variant, args.layout) ? 1 : 0));
   // Beyond the last item each thread block, or cluster, still asks for one.
   const std::int64_t most = INT32_MAX - 2 * slots;
   if (items > most) {
     return unsupported("a product must have at most " + std::to_string(most) + " parts, found " +
                        std::to_string(items));
   }
-  if (variant.is_hopper && !args.tokens.tiles && is_copied(args.tokens.sizes)) {
-    args.output = Output::kMatrix;
-    SAMOYEDS_RETURN_IF_ERROR(
-        map_matrix(args.out, args.tokens.num_rows, args.layout.rows, args.matrix));
-  }
-  const int bytes = kernel == kWideKernel ? variant.hopper_bytes[kernel]
-                                          : shared_bytes(variant, plan, args.layout);
-  return launch_clusters(stream, variant.kernels[kernel],
-                         static_cast<unsigned>(std::min(items, slots) * cluster), variant.threads,
+  return launch_clusters(stream, variant->kernels[kernel],
+                         static_cast<unsigned>(std::min(items, slots) * cluster), variant->threads,
                          bytes, cluster, args);
 }
 

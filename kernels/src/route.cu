@@ -28,7 +28,7 @@ constexpr int kRouteArrays = 4;     // [E] in shared memory, beside a histogram 
 struct RouteArgs : Route {
   int run_pairs;                 // of a thread block
   int part_pairs, num_parts;     // of a warp, a multiple of kWarpThreads; of a run that is full
-  Divisor experts, tile_tokens;  // num_experts, tiling.tokens
+  Divisor experts, tile_tokens;  // num_experts, tiling.most
 };
 
 // The expert of a pair, -1: none here, as for pairs from `end` on.
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
     const int total = sum + totals[e];
     totals[e] = total;
     first_place[e] = tiling.aligned(total);
-    first_tile[e] = (total + tiling.tokens - 1) / args.tile_tokens;
+    first_tile[e] = (total + tiling.most - 1) / args.tile_tokens;
   }
   __syncthreads();
   if (warp < 2) {
@@ -245,8 +245,7 @@ __global__ void __launch_bounds__(kMaxRouteWarps* kWarpThreads, 1) route_kernel(
        tile += gridDim.x * blockDim.x) {
     const int e = last_not_above(first_tile, num_experts, tile), first = first_tile[e];
     const int of_expert = first_tile[e + 1] - first, i = tile - first;
-    const int even = tiling.aligned(ceil_div(totals[e], of_expert));
-    const int tokens = tiling.is_even ? even : tiling.tokens;
+    const int tokens = tiling.size(totals[e], of_expert);
     const int in_group = i / kMaxGroup * kMaxGroup;
     args.tiles[tile] = {e, first_place[e] + i * tokens, min(tokens, totals[e] - i * tokens),
                         (first + in_group) << 8 | min(kMaxGroup, of_expert - in_group)};
@@ -281,7 +280,7 @@ std::int64_t num_run_counts(std::int64_t num_pairs, std::int64_t num_experts) {
 
 std::int64_t max_tiles(std::int64_t num_pairs, std::int64_t num_experts, Tiling tiling) {
   // Each expert that is hit has at most one tile more than it could fill.
-  return num_pairs / tiling.tokens + std::min(num_pairs, num_experts);
+  return num_pairs / tiling.most + std::min(num_pairs, num_experts);
 }
 
 std::int64_t max_places(std::int64_t num_pairs, std::int64_t num_experts) {
@@ -300,7 +299,7 @@ Error route(Stream stream, const Route& given) {
   args.part_pairs = ceil_div(args.run_pairs, num_threads) * kWarpThreads;
   args.num_parts = args.num_pairs == 0 ? 0 : ceil_div(args.run_pairs, args.part_pairs);
   args.experts = make_divisor(std::max(1, args.num_experts));
-  args.tile_tokens = make_divisor(args.tiling.tokens);
+  args.tile_tokens = make_divisor(args.tiling.most);
   const int expert_bytes = (num_warps + kRouteArrays) * static_cast<int>(sizeof(int));
   constexpr int kMoreBytes = sizeof(int);  // the number of tiles
   const int shared = expert_bytes * args.num_experts + kMoreBytes;

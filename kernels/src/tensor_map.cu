@@ -33,7 +33,7 @@ Error find_encode(Encode& encode) {
 
 }  // namespace
 
-Error map_matrix(void* matrix, int rows, int columns, TensorMap& map) {
+Error map_matrix(void* matrix, int rows, int columns, int box_rows, TensorMap& map) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "one is copied to the other");
   static std::atomic<Encode> found = nullptr;  // the same whoever finds it
   Encode encode = found;
@@ -43,7 +43,7 @@ Error map_matrix(void* matrix, int rows, int columns, TensorMap& map) {
   }
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {sizes[0] * 2};
-  const cuuint32_t box[] = {kPanelCols, kBoxRows}, every[] = {1, 1};
+  const cuuint32_t box[] = {kPanelCols, static_cast<cuuint32_t>(box_rows)}, every[] = {1, 1};
   CUtensorMap made;
   const CUresult code =
       encode(&made, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, matrix, sizes, row_bytes, box, every,

@@ -42,19 +42,25 @@ struct Tile {
 };
 // How the tokens of an expert are cut into tiles.
 struct Tiling {
-  int tokens;            // at most, of a tile
-  int align = 1;         // an expert's places start at a multiple of it, a power of two
-  bool is_even = false;  // tiles of about the same size, else full ones and a rest
-  SAMOYEDS_HOST_DEVICE constexpr int aligned(int x) const { return (x + align - 1) & -align; }
+  int most;       // tokens of a tile, of which there are as few as can be
+  int align = 1;  // an expert's places start at a multiple of it, a power of two
+  // Tiles of the same size, a multiple of this power of two, and a rest; 0: full ones and a rest.
+  int step = 0;
+  SAMOYEDS_HOST_DEVICE constexpr int aligned(int place) const {
+    return (place + align - 1) & -align;
+  }
+  SAMOYEDS_HOST_DEVICE constexpr int size(int tokens, int num_tiles) const {
+    return step == 0 ? most : (ceil_div(tokens, num_tiles) + step - 1) & -step;
+  }
   bool operator==(const Tiling& other) const {
-    return tokens == other.tokens && align == other.align && is_even == other.is_even;
+    return most == other.most && align == other.align && step == other.step;
   }
 };
 inline constexpr int kNoPlace = -1, kNoPair = -1;
 static_assert(sizeof(Tile) == 16, "a tile is one load, and four numbers of samoyeds_route()");
 
 // Without routing, for the Hopper kernel: tiles of `large` tokens, and then of `small`, of which
-// the last may have less. Multiples of kBoxRows.
+// the last may have less. Multiples of kLiveStep.
 struct TileSizes {
   int large, num_large;
   int small, num_small;
@@ -100,7 +106,7 @@ struct SsmmArgs {
                   // Hopper kernel it always is
   Divisor whole_parts;  // of the Hopper kernel: `parts` without half a part that is left
   int* num_claimed;  // of the Hopper kernel's items, beside the first of each cluster; 0 at first
-  TensorMap matrix;  // of `out`, kMatrix only: boxes of kBoxRows x one panel
+  TensorMap matrix;  // of `out`, kMatrix only: boxes of one panel, see HopperShape
 };
 
 }  // namespace samoyeds

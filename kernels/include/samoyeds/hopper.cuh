@@ -43,9 +43,9 @@ __device__ void skip_blocks(const Buffers& buffers, Turn& turn, int blocks) {
 }
 
 // Calls run(SlabPasses) with those of an output.
-// NOTE: of all outputs, also where tiles are wide, of which one comes about: with that alone ptxas
-// (CUDA 13.0) no longer sees that all lanes of a warp are at the same place of the ring, and matrix
-// instructions wait for their descriptors. Products took 2 % longer.
+// NOTE: of all outputs, also where tiles are wide, whose results are a matrix: with that alone
+// ptxas (CUDA 13.0) no longer sees that all lanes of a warp are at the same place of the ring, and
+// matrix instructions wait for their descriptors. Products took 2 % longer.
 template <class Shape, typename Run>
 __device__ __forceinline__ void for_output(Output output, Run&& run) {
   if (output == Output::kGated) return run(SlabPasses<Shape, Output::kGated>{});
@@ -62,13 +62,13 @@ __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
   const int blocks = args.layout.blocks;
   Turn turn;
   if constexpr (kTakesTurns) Turns::start(group);
-  for (int round = 0;; ++round) {
+  for (int parity = 0;; parity ^= 1) {  // of the item's number
     const SlabWork work = buffers.item_with_weights(turn);
     if (work.count() == 0) break;
     if (group >= work.num_slabs()) {
       skip_blocks(buffers, turn, blocks);
       for_output<Shape>(args.output, [&](auto passes) {
-        SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).skip(round);
+        SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group).skip(parity);
       });
       continue;
     }
@@ -85,7 +85,7 @@ __device__ void multiply_slabs(const SsmmArgs& args, const Buffers& buffers) {
     const int last_slot = (turn.slot == 0 ? Buffers::kSlots : turn.slot) - 1;
     for_output<Shape>(args.output, [&](auto passes) {
       SlabStage<Shape, kSwitchPeriod, decltype(passes)>(args, buffers, group)
-          .run(acc, round, work, last_slot);
+          .run(acc, parity, work, last_slot);
     });
   }
   if constexpr (kTakesTurns) Turns::finish(group);

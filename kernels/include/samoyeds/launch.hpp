@@ -24,8 +24,9 @@ struct SsmmVariant {
   // By switch_period(): 0, 1, 2, 4; and kWideKernel. Null where there is none.
   SsmmKernel kernels[5];
   // The Hopper kernel: reads and writes panels, and has its number of stages compiled in.
-  bool is_hopper = false, is_short = false;  // with short tiles, see TileSize
-  int hopper_tokens[5] = {}, hopper_stages[5] = {}, hopper_bytes[5] = {};  // as `kernels`
+  bool is_hopper = false, is_short = false;  // with short tiles, see variants.cuh
+  // As `kernels`.
+  int hopper_tokens[5] = {}, hopper_stages[5] = {}, hopper_bytes[5] = {}, hopper_box_rows[5] = {};
 };
 inline constexpr int kNumVariants = 20;
 // Hopper, period 4: with a few tokens more a tile, for products without routing.
@@ -53,6 +54,7 @@ inline bool is_hopper(const SamoyedsPlan& plan) {
   const SsmmVariant* variant = find_variant(plan, SAMOYEDS_BF16);
   return variant && variant->is_hopper;
 }
+Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan);
 // Both products of a layer must: the first writes what the second reads.
 bool may_use_hopper(const Device& device, const Layout& layout, bool is_down);
 
@@ -67,11 +69,15 @@ Error check_plan(const Device& device, const SamoyedsPlan& plan, const Layout& l
 SamoyedsPlan choose_plan(const Device& device, const Layout& layout, std::int64_t num_experts,
                          std::int64_t num_tokens, std::int64_t top_k, bool is_down,
                          bool allows_hopper);
+// Full tiles instead of short ones, Hopper kernel only, where both products of a layer then have
+// the same: others are listed for each, which takes longer than short tiles save.
+void share_tiles(const Layout& up_layout, SamoyedsPlan& up, const Layout& down_layout,
+                 SamoyedsPlan& down);
 const char* heuristics();  // the rules as a table
 
-// For stores of kBoxRows x kPanelCols 16-bit numbers of a matrix, which lie in shared memory like a
+// For stores of box_rows x kPanelCols 16-bit numbers of a matrix, which lie in shared memory like a
 // panel.
-Error map_matrix(void* matrix, int rows, int columns, TensorMap& map);
+Error map_matrix(void* matrix, int rows, int columns, int box_rows, TensorMap& map);
 
 // The kernels. Each function queues its own and returns; shapes as in api.h.
 Error pack(const Stream& stream, const Layout& layout, int num_experts, std::uint8_t* packed,

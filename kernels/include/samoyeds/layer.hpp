@@ -39,7 +39,6 @@ Error make_job(const Device& device, const SamoyedsLaunch& launch, const Samoyed
 Error plan_product(const Device& device, const SamoyedsPlan* given, const Layout& layout,
                    std::int64_t num_experts, std::int64_t num_tokens, std::int64_t top_k,
                    bool is_down, bool allows_hopper, SamoyedsPlan& plan);
-Tiling tiling_of(const Layout& layout, const SamoyedsPlan& plan);
 
 // The functions of the C interface of the same names, shapes there.
 Error moe_mlp(const SamoyedsLaunch* launch, const SamoyedsRouting* routing,

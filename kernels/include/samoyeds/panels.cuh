@@ -20,8 +20,8 @@ inline constexpr int kPlaceAlign = 8;
 inline constexpr int kChunkCols = 8;  // of 16 bytes
 inline constexpr int kPanelChunks = kPanelCols / kChunkCols;
 
-// Of a matrix [rows, columns], what one copy takes from shared memory, where it lies like a panel.
-inline constexpr int kBoxRows = 16;
+// Tokens: a tile is multiplied in such steps.
+inline constexpr int kLiveStep = 16;
 
 SAMOYEDS_HOST_DEVICE constexpr std::int64_t panel_offset(std::int64_t panel, std::int64_t places,
                                                          std::int64_t place) {

@@ -11,8 +11,6 @@ inline constexpr int kGroupThreads = 128;  // a warpgroup
 inline constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
 inline constexpr int kSlabRows = 128;  // dense
 
-inline constexpr int kLiveStep = 16;  // tokens: a tile that is not full is multiplied in such steps
-
 // By a whole warp, when its lanes have done what they arrive for: lane i calls arrive(i), for i <
 // kCount.
 // NOTE: racecheck follows an mbarrier from the lanes that arrive, and not from those that
@@ -35,24 +33,22 @@ __device__ __forceinline__ void arrive_for_warp(Arrive&& arrive) {
 
 inline constexpr int kWidePasses = 5;  // own buffer, lent tokens twice, lent weights, own buffer
 
-// Others than full ones for V = 128 only. Short: fewer tokens leave so much memory to results that
-// no slot is lent to them, and items take less time. Wide, for products without routing: a few
-// tokens more, where they save a round of items, and less memory for results, which take longer.
-enum class TileSize { kFull, kShort, kWide };
-
-template <typename T_, int kTokens_, TileSize kSize = TileSize::kFull>
+// kTokens: of a tile, at most. With more of them weights are loaded less often, and less memory is
+// left to results; the registers hold 192, N = M 208.
+// kPassRows: rows of a panel that go out at a time, or of two panels half of each.
+// kIsWide: of products without routing a few tokens more, where they save a round of items. There
+// is hardly memory for results then, so that some of the slots' is lent to them: items take longer.
+template <typename T_, int kTokens_, int kPassRows_, bool kIsWide_ = false>
 struct HopperShape {
   using T = T_;
-  static constexpr bool kIsShort = kSize == TileSize::kShort, kIsWide = kSize == TileSize::kWide;
+  static constexpr int kTokens = kTokens_, kPassRows = kPassRows_;
+  static constexpr bool kIsWide = kIsWide_;
   static constexpr int kGroups = 2;  // warpgroups that multiply; one more loads and stores
-  // Of a tile, at most: what the registers hold, two sums each. Fewer would load the weights more
-  // often.
-  static constexpr int kTokens = kTokens_;
-  // Rows of a panel that go out at a time, or of two panels half of each. Of wide tiles as many do
-  // through lent tokens, fewer through lent weights, and a warpgroup's own buffer has room for some
-  // in between.
-  static constexpr int kPassRows = kIsShort ? 64 : 96, kFewRows = 64;
-  static constexpr int kOwnRows = kIsWide ? 80 : kPassRows;
+  // Of wide tiles as many go out through lent tokens, fewer through lent weights, and a warpgroup's
+  // own buffer has room for some in between.
+  static constexpr int kFewRows = 64, kOwnRows = kIsWide ? 80 : kPassRows;
+  // Of a matrix, tokens that one copy takes: a pass is whole boxes.
+  static constexpr int kBoxRows = kPassRows / 2 % 16 == 0 ? 16 : 8;
   static constexpr int kCluster = 2;  // thread blocks
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Moved from the warps that load and store to those that multiply. All have 168 at first, so that
@@ -87,13 +83,12 @@ struct SlabWork {
 // whole cluster.
 // kSwitchPeriod: 0 where N = M, else as switch_period().
 //
-// Results go out in passes, see SlabPasses. A warpgroup's own buffer holds one. With three slots
-// the tokens' part of the item's last one is lent for the second and third pass: each warpgroup has
-// one of its panels, once both are done with it; of wide tiles, whose own buffers are smaller, its
-// weights for the fourth, too. Where there are two slots, or tiles are short, nothing is lent, and
-// two buffers of each take passes in turn. Where a warp stores for a warpgroup, `staged` completes
-// when a pass is written, with the first it is told what it is of, and it gives the memory back:
-// the own buffer, then what was lent. Where none does, that warp brings the rows' numbers.
+// Results go out in passes, see SlabPasses: two buffers of each warpgroup take them in turn. Of
+// wide tiles it has one, the first pass goes through that, the second and third through a panel
+// each of the item's last slot, once both warpgroups are done with it, the fourth through that
+// slot's weights, and the last through the buffer again. Where a warp stores for a warpgroup,
+// `staged` completes when a pass is written, with the first it is told what it is of, and it gives
+// the memory back. Where none does, that warp brings the numbers of the rows.
 //
 // The warps that load look up which item comes next, and say so with the weights of its first
 // block: those that multiply would spend some 1000 clocks on that between two items.
@@ -119,9 +114,8 @@ struct HopperBuffers {
   // Of a warpgroup, one for each token, where results are rows: those of wide tiles never are.
   static constexpr int kNumbersBytes = Shape::kIsWide ? 0 : Shape::kTokens * 4;
   static constexpr int kSlots = kSwitchPeriod == 0 ? 2 : 3;
-  static constexpr bool kLends = kSlots > 2 && !Shape::kIsShort;
-  static constexpr int kOwn = kLends ? 1 : 2;  // buffers of a warpgroup, a pass each
-  static constexpr int kRounds = 8;            // that may be known, see next_item()
+  static constexpr int kOwn = Shape::kIsWide ? 1 : 2;  // buffers of a warpgroup, a pass each
+  static constexpr int kRounds = 8;                    // that may be known, see next_item()
   static constexpr int kBarriers = 2 * kSlots * kParts + Shape::kGroups * kMaxPasses + kRounds;
   static constexpr int kItemBytes = 8;      // SlabWork but for its expert
   static constexpr int kResultsBytes = 16;  // whose results a warpgroup's are: item, last slot
@@ -131,7 +125,8 @@ struct HopperBuffers {
       Shape::kGroups * (kOwn * kOwnBytes + kNumbersBytes + kResultsBytes) + kSlots * kItemBytes +
       kBarriers * 8 + kRounds * 4;
   static_assert(kBytes <= 227 * 1024, "what a thread block of sm_90 may have");
-  static_assert(!kLends || 2 * kPassBytes <= kTilePanelBytes, "a panel is lent to two passes");
+  static_assert(!Shape::kIsWide || 2 * kPassBytes <= kTilePanelBytes,
+                "a panel is lent to two passes");
   static_assert(!Shape::kIsWide || kAlignment - 1 + kFewBytes <= kSlabTiles * kTileBytes,
                 "a slab's weights to one, wherever it has to begin");
 
@@ -141,7 +136,7 @@ struct HopperBuffers {
     return base + (slot * kHalves + half) * kTilePanelBytes;
   }
   __device__ static constexpr bool is_lent(int pass) {
-    return kLends && pass > 0 && pass < (Shape::kIsWide ? 4 : 3);
+    return Shape::kIsWide && pass > 0 && pass < kWidePasses - 1;
   }
   // Where a warpgroup puts a pass of an item whose last slot is `slot`.
   __device__ std::uint32_t results(int group, int pass, int slot) const {
@@ -262,8 +257,9 @@ struct HopperBuffers {
   }
   // By the warp that stores, for a warpgroup: the panels that were lent.
   __device__ __forceinline__ void give_back(int slot) const {
+    static_assert(!Shape::kIsWide || kIsSplit, "each panel is a part");
     constexpr int kArrivals = Shape::kCluster * kGroupWarps;  // for a part
-    arrive_for_warp<(kIsSplit ? kHalves : 1) * kArrivals>(
+    arrive_for_warp<kHalves * kArrivals>(
         [&](int i) { ptx::arrive_at(empty_tokens(slot, i / kArrivals), i % Shape::kCluster); });
   }
   // Likewise its weights.

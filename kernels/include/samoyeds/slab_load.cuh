@@ -39,8 +39,8 @@ __device__ void load_tokens(const SsmmArgs& args, const SlabScheduler<Shape>& sc
     const int first = is_alone ? 0 : eights * rank / Shape::kCluster * kPlaceAlign;
     const int end = is_alone ? eights : eights * (rank + 1) / Shape::kCluster;
     const int count = end * kPlaceAlign - first;
-    constexpr int kTogether = Buffers::kIsSplit ? 1 : Buffers::kHalves;   // panels of a part
-    constexpr int kAtOnce = Buffers::kSlots - (Buffers::kLends ? 1 : 0);  // not lent
+    constexpr int kTogether = Buffers::kIsSplit ? 1 : Buffers::kHalves;  // panels of a part
+    constexpr int kAtOnce = Buffers::kSlots - (Shape::kIsWide ? 1 : 0);  // not lent
     const int last_at_once = min(kAtOnce, layout.blocks) - 1;
     const int weight_bytes =
         Buffers::kIsSplit ? 0 : work.num_slabs() * Buffers::kSlabTiles * layout.block_bytes;

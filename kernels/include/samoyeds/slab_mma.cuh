@@ -149,9 +149,9 @@ class SlabProduct {
   }
 
  private:
-  // Tokens of the item's last slot: where they were is lent to its results.
+  // Of wide tiles the item's last slot is lent to its results.
   __device__ __forceinline__ void release(int half) const {
-    if (!Buffers::kLends || left_ > 0) buffers_.release_tokens(slot_, half);
+    if (!Shape::kIsWide || left_ > 0) buffers_.release_tokens(slot_, half);
   }
   __device__ __forceinline__ void wait_for_tokens(int half) const {
     buffers_.wait_for_tokens(slot_, half, parity_);

@@ -79,25 +79,28 @@ class SlabStage {
       : args_(args),
         buffers_(buffers),
         group_(group),
-        warp_(threadIdx.x / kWarpThreads % kGroupWarps),
-        g_(threadIdx.x % kWarpThreads / 4) {}
+        // NOTE: at V = 64, what follows from it would be kept in registers during the item, of
+        // which there are too few; elsewhere it fits, and computing it again takes time.
+        thread_(kSwitchPeriod == 2 ? ptx::here(threadIdx.x) : threadIdx.x),
+        warp_(thread_ / kWarpThreads % kGroupWarps),
+        g_(thread_ % kWarpThreads / 4) {}
 
-  // round: of the items that this thread block has had; slot: the item's last.
-  __device__ void run(const SlabAccumulators<Shape>& acc, int round, const SlabWork& work,
+  // parity: of how many items this thread block has had; slot: the item's last.
+  __device__ void run(const SlabAccumulators<Shape>& acc, int parity, const SlabWork& work,
                       int slot) const {
     if constexpr (kIsCopied) {
       hand_over(acc, work, slot);
     } else {
-      wait_for_numbers(round);
+      wait_for_numbers(parity);
       rows(acc, work, slot);
       Buffers::let_numbers_go(group_);
     }
   }
 
   // Of an item in which this warpgroup has no slab.
-  __device__ void skip(int round) const {
+  __device__ void skip(int parity) const {
     if constexpr (!kIsCopied) {
-      wait_for_numbers(round);
+      wait_for_numbers(parity);
       Buffers::let_numbers_go(group_);
     }
   }
@@ -112,8 +115,8 @@ class SlabStage {
   }
 
  private:
-  __device__ void wait_for_numbers(int round) const {
-    ptx::wait(buffers_.staged(group_, 0), round % 2);
+  __device__ void wait_for_numbers(int parity) const {
+    ptx::wait(buffers_.staged(group_, 0), parity);
   }
 
   __device__ void hand_over(const SlabAccumulators<Shape>& acc, const SlabWork& work,
@@ -142,30 +145,12 @@ class SlabStage {
     arrive_for_warp<1>([&](int) { ptx::arrive(buffers_.staged(group_, pass)); });
   }
 
-  // The passes that fit are staged before the first is stored: the registers of their sums are then
-  // free for many loads and stores at a time.
+  // While some threads still store a pass, others may stage the next. Wide tiles never come here,
+  // see for_output().
   __device__ void rows(const SlabAccumulators<Shape>& acc, const SlabWork& work, int slot) const {
-    constexpr int kFirst = Shape::kIsWide    ? 4
-                           : Buffers::kLends ? Buffers::kMaxPasses - 1
-                                             : Buffers::kOwn;
 #pragma unroll
-    for (int pass = 0; pass < kFirst; ++pass) {
+    for (int pass = 0; pass < Passes::kCount; ++pass) {
       if (Passes::first(pass) >= work.count()) break;
-      if (Buffers::kLends && pass == 1) Buffers::wait_for_others(work.num_slabs());
-      stage(acc, pass, buffers_.results(group_, pass, slot));
-    }
-    ptx::make_visible_to_copies();  // those that fill the slot again
-    Buffers::sync_group(group_);
-#pragma unroll 1
-    for (int pass = 0; pass < kFirst; ++pass) store_rows(work, pass, slot);
-    if constexpr (Buffers::kLends) {
-      for (int half = 0; half < Buffers::kHalves; ++half) buffers_.release_tokens(slot, half);
-    }
-    if constexpr (Shape::kIsWide) buffers_.release_weights(slot);
-#pragma unroll
-    for (int pass = kFirst; pass < Passes::kCount; ++pass) {
-      if (Passes::first(pass) >= work.count()) break;
-      Buffers::sync_group(group_);  // all have read what lay there
       stage(acc, pass, buffers_.results(group_, pass, slot));
       Buffers::sync_group(group_);
       store_rows(work, pass, slot);
@@ -183,28 +168,15 @@ class SlabStage {
     T* out = static_cast<T*>(args_.out) + Passes::column(layout, slab, panel) + chunk * kChunkCols;
     const std::uint32_t results = buffers_.results(group_, pass, slot);
     const int first = Passes::first(pass);
-    constexpr int kStep = kGroupThreads / kRowThreads, kAtOnce = Buffers::kLends ? 2 : 1;
-    static_assert(Passes::kRows % (kAtOnce * kStep) == 0, "no rest");
+    constexpr int kStep = kGroupThreads / kRowThreads;
     const int rows = Shape::kIsWide ? Passes::most(pass) : Passes::kRows;
 #pragma unroll 1
-    for (int row = thread / kRowThreads; row < rows; row += kAtOnce * kStep) {
-      std::uint64_t to[kAtOnce];
-      uint4 columns[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        to[i] = ptx::load_shared_word(buffers_.numbers(group_) + (first + row + i * kStep) * 4);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        columns[i] =
-            ptx::load_shared(Passes::at(results, pass, panel, row + i * kStep, chunk * kChunkCols));
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + row + i * kStep >= work.count()) continue;
-        *reinterpret_cast<uint4*>(out + to[i] * static_cast<std::uint32_t>(layout.rows)) =
-            columns[i];
-      }
+    for (int row = thread / kRowThreads; row < rows; row += kStep) {
+      const std::uint64_t to = ptx::load_shared_word(buffers_.numbers(group_) + (first + row) * 4);
+      const uint4 columns =
+          ptx::load_shared(Passes::at(results, pass, panel, row, chunk * kChunkCols));
+      if (first + row >= work.count()) continue;
+      *reinterpret_cast<uint4*>(out + to * static_cast<std::uint32_t>(layout.rows)) = columns;
     }
   }
 
@@ -243,7 +215,7 @@ class SlabStage {
   // its tile, and of row g + 8. half: which 64 kept rows, N = M only.
   struct Place {
     __device__ Place(const SlabStage& stage, std::uint32_t results, int pass, int c, int half) {
-      const int token = threadIdx.x % 4 * 2 + c, g = stage.g_, warp = stage.warp_;
+      const int token = stage.thread_ % 4 * 2 + c, g = stage.g_, warp = stage.warp_;
       int panel = 0, column, high_panel = 0, high_column = 0;
       if constexpr (kIsGated) {
         column = kIsSwitched ? warp * 16 + g * 2 : half * 32 + warp * 8 + g / 2 * 2;
@@ -303,7 +275,7 @@ class SlabStage {
 
   const SsmmArgs& args_;
   const Buffers& buffers_;
-  int group_, warp_, g_;
+  int group_, thread_, warp_, g_;
 };
 
 }  // namespace samoyeds

@@ -30,6 +30,7 @@ template <class Shape, int kSwitchPeriod, class Passes>
 class SlabStore {
   using Buffers = HopperBuffers<Shape, kSwitchPeriod>;
   static_assert(Passes::kIsCopied, "rows are stored by SlabStage");
+  static constexpr int kBoxRows = Shape::kBoxRows;
   static_assert(!Passes::kIsMatrix || Passes::kRows % kBoxRows == 0, "a pass is whole boxes");
   static_assert(kLiveStep % kBoxRows == 0, "so is a full tile, of a multiple of kLiveStep");
 
@@ -57,7 +58,7 @@ class SlabStore {
   }
 
   __device__ void store_item() {
-    if constexpr (Buffers::kLends) {
+    if constexpr (Shape::kIsWide) {
       // Copies go on: when at most the second one is left, the first one's pass has been read. Each
       // part of memory is given back as soon as it has been read.
       store(0);
@@ -71,18 +72,15 @@ class SlabStore {
       if (has(2)) store(2);
       wait_for_reads<0>();
       buffers_.give_back(slot_);
-      if constexpr (Shape::kIsWide) {
-        if (has(3)) {
-          store(3);
-          wait_for_reads<0>();
-        }
-        buffers_.give_weights_back(slot_);
-      }
-      constexpr int kLast = Shape::kIsWide ? kWidePasses - 1 : 3;
-      if (has(kLast)) {
-        store(kLast);
+      if (has(3)) {
+        store(3);
         wait_for_reads<0>();
-        Buffers::set_free(group_, kLast);
+      }
+      buffers_.give_weights_back(slot_);
+      if (has(4)) {
+        store(4);
+        wait_for_reads<0>();
+        Buffers::set_free(group_, 4);
       }
     } else {
       store(0);

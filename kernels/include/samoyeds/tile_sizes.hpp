@@ -11,6 +11,10 @@
 
 namespace samoyeds {
 
+// Of an item, beside its blocks: measured, runs 50 and 88 of the kernel's log. Since then those of
+// full tiles have become some 200 shorter (run 90), by which nothing is chosen.
+inline constexpr int kItemClocks = 3000, kShortItemClocks = 2600;
+
 // What the sizes follow from.
 struct TileProblem {
   int num_rows;
@@ -19,16 +23,17 @@ struct TileProblem {
   int blocks;             // of k, 128 columns each
   int slab_tiles;         // of 16 kept rows: 4, or 8 where N = M
   int num_clusters;
+  int item_clocks = kItemClocks;  // beside its blocks
 };
 
 // At the peak a block takes a clock for each token and tile of a slab. Measured, runs 50 and 81 of
 // the kernel's log, it takes some 353 more, and with few tokens as long as its weights need to
-// come; an item takes some 3000 beside its blocks.
+// come.
 inline std::int64_t item_clocks(const TileProblem& problem, int tokens) {
   const int multiplied =
       std::min(ceil_div(tokens, problem.step) * problem.step, problem.most_tokens);
   const int block = std::max(353 + problem.slab_tiles * multiplied, 150 * problem.slab_tiles);
-  return static_cast<std::int64_t>(problem.blocks) * block + 3000;
+  return static_cast<std::int64_t>(problem.blocks) * block + problem.item_clocks;
 }
 
 // When clusters are done, each of which takes the next item when it is free.
@@ -114,13 +119,6 @@ inline TileSizes best_sizes(const TileProblem& problem) {
     }
   }
   return best;
-}
-
-// Whether tiles of another kernel are worth it, whose items take longer for their results.
-inline bool ends_sooner(const TileProblem& problem, const TileSizes& sizes,
-                        const TileProblem& other, const TileSizes& other_sizes) {
-  return 50 * *end_of_items(problem, sizes, INT64_MAX) <
-         49 * *end_of_items(other, other_sizes, INT64_MAX);
 }
 
 }  // namespace samoyeds

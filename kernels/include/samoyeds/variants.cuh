@@ -44,6 +44,7 @@ constexpr void add_hopper_kernel(SsmmVariant& v, int number) {
   v.hopper_tokens[number] = Shape::kTokens;
   v.hopper_stages[number] = Buffers::kSlots;
   v.hopper_bytes[number] = Buffers::kBytes;
+  v.hopper_box_rows[number] = Shape::kBoxRows;
 }
 
 template <class Shape>
@@ -61,19 +62,20 @@ constexpr SsmmVariant hopper_variant() {
 template <typename T>
 constexpr SsmmVariant full_tiles() {
   // As many tokens as there are registers for: where N = M weights take none.
-  using Shape = HopperShape<T, 192>;
+  using Shape = HopperShape<T, 192, 48>;
   SsmmVariant v = hopper_variant<Shape>();
-  add_hopper_kernel<HopperShape<T, 208>, 0>(v, 0);
+  add_hopper_kernel<HopperShape<T, 208, 96>, 0>(v, 0);
   add_hopper_kernel<Shape, 1>(v, 1);
   add_hopper_kernel<Shape, 2>(v, 2);
   add_hopper_kernel<Shape, 4>(v, 3);
-  add_hopper_kernel<HopperShape<T, 200, TileSize::kWide>, 4>(v, kWideKernel);
+  add_hopper_kernel<HopperShape<T, 200, 96, true>, 4>(v, kWideKernel);
   return v;
 }
 
+// Of so few tokens that there is more memory for results, and items take less time.
 template <typename T>
 constexpr SsmmVariant short_tiles() {
-  using Shape = HopperShape<T, 176, TileSize::kShort>;
+  using Shape = HopperShape<T, 176, 64>;
   SsmmVariant v = hopper_variant<Shape>();
   v.is_short = true;
   add_hopper_kernel<Shape, 4>(v, 3);
