@@ -10,4 +10,6 @@ if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())
     "scripts/test.sh runs everything else" >&2
   exit 1
 fi
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -q -m gpu "$@"
+# A kernel that never ends is a failure, not a slow host: the traceback names its test.
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -q -m gpu \
+  -o faulthandler_timeout=120 "$@"
