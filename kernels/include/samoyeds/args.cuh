@@ -60,7 +60,7 @@ inline constexpr int kNoPlace = -1, kNoPair = -1;
 static_assert(sizeof(Tile) == 16, "a tile is one load, and four numbers of samoyeds_route()");
 
 // Without routing, for the Hopper kernel: tiles of `large` tokens, and then of `small`, of which
-// the last may have less. Multiples of kLiveStep.
+// the last may have less. Multiples of kLiveStep, or as many as a tile may have.
 struct TileSizes {
   int large, num_large;
   int small, num_small;

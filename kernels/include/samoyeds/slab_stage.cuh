@@ -1,7 +1,7 @@
 // The Hopper kernel, registers to shared memory: the gate, panels or a matrix, which a warp for
 // each warpgroup copies from there, see slab_store.cuh; and rows. Rows of pairs lie anywhere: more
-// work than one warp gets done while a slot is lent (products took 6 to 13 % longer), so those that
-// multiply store them.
+// work than one warp gets done meanwhile (products took 6 to 13 % longer), so those that multiply
+// store them.
 #pragma once
 
 #include "samoyeds/epilogue.cuh"
