@@ -8,7 +8,7 @@
 //
 // What limits it, as far as runs have shown: shared memory, where the instruction reads 98 KB of
 // tokens in a step of 128 columns, the warps 19 KB of weights, and 68 KB arrive. A step takes some
-// 1150 clocks, beside 768 of wgmma.sp, and an item 3200 more for its results.
+// 1150 clocks, beside 768 of wgmma.sp, and an item some 3000 more for its results.
 #pragma once
 
 #include "samoyeds/slab_load.cuh"
